@@ -1,0 +1,3 @@
+"""A training launcher for language models on several GPUs."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,290 @@
+"""The verbs. Each reads a recipe or a run directory, calls the functions of the other modules and prints; nothing is decided here.
+
+Only click is imported at the top: `launch --help` answers before anything else is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from launcher import __version__
+from launcher.errors import LaunchError, UsageError
+
+if TYPE_CHECKING:
+    from launcher.plan import Plan
+    from launcher.recipe import LoadedRecipe
+    from launcher.rundir import RunDir
+
+
+class Verbs(click.Group):
+    """`launch RECIPE …` is `launch run RECIPE …`."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            args = ["run", *args]
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="launch")
+def cli() -> None:
+    """Train language models on the GPUs you have.
+
+    \b
+    launch RECIPE [key.path=value …]     train (the same as: launch run RECIPE)
+    launch plan RECIPE                   see what it would do, and stop
+
+    A recipe is a YAML file, or the name of a shipped one: launch recipes
+    """
+
+
+recipe_argument = click.argument("recipe")
+overrides_argument = click.argument("overrides", nargs=-1, metavar="[key.path=value]…")
+nproc_option = click.option("--nproc", type=click.IntRange(min=1), help="Number of processes, where not all devices are wanted.")
+run_argument = click.argument("run_dir", metavar="RUN")
+
+
+@cli.command()
+@recipe_argument
+@overrides_argument
+@nproc_option
+@click.option("--run-dir", help="The run directory (the same as launch.run_dir=DIR).")
+@click.option("--dry-run", is_flag=True, help="Print the commands that would be started, and stop.")
+def run(recipe: str, overrides: tuple[str, ...], nproc: int | None, run_dir: str | None, dry_run: bool) -> None:
+    """Train: plan, prepare, start the ranks, follow them to the end."""
+    if run_dir is not None:
+        overrides = (*overrides, f"launch.run_dir={run_dir}")
+    loaded, plan = _plan(recipe, overrides, nproc)
+    where = _new_run_dir(loaded)
+    if dry_run:
+        from launcher.command import node_commands, prepare_command
+
+        for command in (prepare_command(plan, where), *node_commands(plan, where)):
+            click.echo(str(command))
+        return
+    _carry_out(loaded.recipe.checkpoint.resume == "auto", plan, where)
+
+
+@cli.command()
+@run_argument
+@overrides_argument
+@nproc_option
+def resume(run_dir: str, overrides: tuple[str, ...], nproc: int | None) -> None:
+    """Go on from the newest valid checkpoint of a run."""
+    from launcher.rundir import open_run
+
+    where = open_run(run_dir)
+    _, plan = _plan(str(where.recipe), overrides, nproc, name=_name_of(where))
+    _carry_out(True, plan, where)
+
+
+@cli.command()
+@recipe_argument
+@overrides_argument
+@nproc_option
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as the workers would read it.")
+def plan(recipe: str, overrides: tuple[str, ...], nproc: int | None, as_json: bool) -> None:
+    """Show what a recipe would do, and stop. Needs no GPU and no network."""
+    from launcher.show import console, show_plan
+
+    _, made = _plan(recipe, overrides, nproc)
+    if as_json:
+        click.echo(made.model_dump_json(indent=1, by_alias=True))
+    else:
+        show_plan(console(), made)
+
+
+@cli.command()
+@recipe_argument
+@overrides_argument
+@nproc_option
+def check(recipe: str, overrides: tuple[str, ...], nproc: int | None) -> None:
+    """Check a recipe, and whether this machine is ready for it."""
+    from launcher import preflight
+    from launcher.show import console, show_findings
+
+    loaded, made = _plan(recipe, overrides, nproc)
+    findings = preflight.check(made, _new_run_dir(loaded).path)
+    show_findings(console(), findings)
+    preflight.require(findings)
+
+
+@cli.command()
+@recipe_argument
+@overrides_argument
+@nproc_option
+def prepare(recipe: str, overrides: tuple[str, ...], nproc: int | None) -> None:
+    """Fetch the model and tokenise the data into the cache, without training."""
+    import tempfile
+
+    from launcher.rundir import RunDir, write_atomic
+    from launcher.show import RunScreen, console
+    from launcher.supervise import Supervisor
+
+    _, made = _plan(recipe, overrides, nproc)
+    with tempfile.TemporaryDirectory(prefix="launch-prepare-") as folder:
+        where = RunDir(Path(folder))
+        where.create()
+        write_atomic(where.plan, made.model_dump_json(indent=1, by_alias=True))
+        Supervisor(made, where, RunScreen(console(), made)).prepare_only()
+
+
+@cli.command()
+@run_argument
+@click.option("--prompt", help="Answer this one question and stop.")
+@click.option("--system", help="A system prompt.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer, in tokens.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 always takes the likeliest token.")
+@click.option("--step", help="Which checkpoint: a step, `best` or `latest`.")
+def chat(run_dir: str, **options: Any) -> None:
+    """Talk to the model that a run has trained."""
+    _worker("chat", run_dir, options)
+
+
+@cli.command()
+@run_argument
+@click.option("--out", help="Folder for the merged model; default RUN/export.")
+@click.option("--max-shard-size", help="Largest safetensors file, such as 500MB; default as in the recipe.")
+@click.option("--step", help="Which checkpoint: a step, `best` or `latest`.")
+def export(run_dir: str, **options: Any) -> None:
+    """Merge the adapter into the model and write a folder that loads on its own."""
+    _worker("export", run_dir, options)
+
+
+@cli.command()
+def recipes() -> None:
+    """List the recipes beside you and the shipped ones, a line each."""
+    from launcher.recipe.shipped import purpose
+    from launcher.recipe.shipped import recipes as known
+
+    found = known()
+    width = max((len(path.stem) for path in found), default=0)
+    for path in found:
+        click.echo(f"{path.stem:<{width}}  {purpose(path)}")
+
+
+@cli.command()
+@click.argument("path", default="recipes/schema.json")
+def schema(path: str) -> None:
+    """Write the JSON Schema of recipes for editors ('-' prints it)."""
+    from launcher.recipe.jsonschema import schema_text
+
+    if path == "-":
+        click.echo(schema_text(), nl=False)
+        return
+    try:
+        Path(path).write_text(schema_text(), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"schema {path}", f"cannot be written: {error.strerror}", "name another file, or print it: launch schema -") from None
+    click.echo(f"wrote {path}")
+
+
+@cli.command()
+@click.argument("folder", default="runs")
+def runs(folder: str) -> None:
+    """List the runs of a folder and how they ended."""
+    from launcher.rundir import RunDir, read_json
+
+    for path in sorted(Path(folder).glob("*/plan.json")):
+        report = read_json(RunDir(path.parent).report) or {}
+        loss = report.get("loss_last")
+        shown = f"loss {loss:.3f}" if loss is not None else ""
+        click.echo(f"{path.parent}  {report.get('result', 'not ended')}  step {report.get('steps', 0)}/{report.get('max_steps', 0)}  {shown}".rstrip())
+
+
+def _plan(recipe: str, overrides: Sequence[str], nproc: int | None, name: str | None = None) -> tuple[LoadedRecipe, Plan]:
+    """Recipe file and overrides -> checked recipe -> plan."""
+    from launcher.cluster import resolve_cluster
+    from launcher.modelshape import shape_of
+    from launcher.plan import make_plan
+    from launcher.recipe import find_recipe, load_recipe
+
+    loaded = load_recipe(find_recipe(recipe), overrides)
+    with loaded.locating():
+        cluster = resolve_cluster(loaded.recipe.hardware, nproc)
+        shape = shape_of(loaded.recipe.model, loaded.document.folder)
+        return loaded, make_plan(name or loaded.name, loaded.recipe, cluster, shape)
+
+
+def _new_run_dir(loaded: LoadedRecipe) -> RunDir:
+    """launch.run_dir, or runs/<recipe>-<time>."""
+    from launcher.rundir import RunDir
+
+    asked = loaded.recipe.launch.run_dir
+    if asked is not None:
+        return RunDir(Path(asked))
+    base = Path.cwd() / "runs" / f"{loaded.name}-{time.strftime('%m%d-%H%M%S')}"
+    return RunDir(base)
+
+
+def _name_of(where: RunDir) -> str:
+    """The recipe's name that a run was started with."""
+    from launcher.rundir import read_json
+
+    return str((read_json(where.plan) or {}).get("name", where.path.name))
+
+
+def _carry_out(resuming: bool, made: Plan, where: RunDir) -> NoReturn:
+    """Check, write the run directory, supervise, say how it ended; never returns."""
+    from launcher import manifest, preflight, show
+    from launcher.supervise import Supervisor, continue_from, write_run
+
+    screen = show.console()
+    show.line(screen, made.name[:12], show.summary(made))
+    show.line(screen, "plan", show.batch(made))
+    preflight.require(preflight.check(made, where.path))
+    where.create()
+    with where.locked():
+        if resuming:
+            chosen, skipped = manifest.newest_valid(where)
+            show.show_resume(screen, chosen, skipped, where.path)
+            made = continue_from(made, chosen)
+        write_run(made, where, resuming)
+        screen_of_run = show.RunScreen(screen, made)
+        try:
+            outcome = Supervisor(made, where, screen_of_run).carry_out()
+        finally:
+            screen_of_run.close()
+        if outcome.failure is None:
+            show.show_done(screen, made, outcome, where.path)
+        else:
+            newest, _ = manifest.newest_valid(where)
+            show.show_failure(show.console(stderr=True), outcome.failure, where.path, newest.folder.name if newest else None)
+    sys.exit(outcome.exit_code)
+
+
+def _worker(module: str, run_dir: str, options: dict[str, Any]) -> NoReturn:
+    """Run a torch-side program on a run directory, with this terminal."""
+    from launcher.rundir import open_run
+
+    where = open_run(run_dir)
+    flags = [text for name, value in options.items() if value is not None for text in (f"--{name.replace('_', '-')}", str(value))]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    sys.exit(subprocess.call([sys.executable, "-m", f"launcher.worker.{module}", str(where.path), *flags], env=env))
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """The command `launch`: a mistake of the person's is three lines and an exit code, never a traceback."""
+    try:
+        cli.main(args=list(argv) if argv is not None else None, prog_name="launch", standalone_mode=False)
+    except LaunchError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

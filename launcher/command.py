@@ -1,0 +1,91 @@
+"""Plan in, one NodeCommand a node out: exactly what is started, as a list of arguments from birth to Popen.
+
+Ranks are handed one path and no flags: an option after torchrun's script that begins like one of torchrun's own is taken by
+torchrun.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launcher.plan import Plan
+from launcher.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class NodeCommand:
+    """What one node starts.
+
+    Args:
+        host: where.
+        argv: the program and its arguments.
+        env: variables set beside the inherited ones; never a setting of the recipe, never a secret.
+        cwd: working directory.
+    """
+
+    host: str
+    argv: tuple[str, ...]
+    env: dict[str, str] = field(default_factory=dict)
+    cwd: str = ""
+
+    def __str__(self) -> str:
+        """A line that a shell runs the same way."""
+        env = [f"{key}={shlex.quote(value)}" for key, value in self.env.items()]
+        return " ".join([*(["env", *env] if env else []), shlex.join(self.argv)])
+
+
+def node_commands(plan: Plan, run: RunDir) -> tuple[NodeCommand, ...]:
+    """The commands that carry out a plan in a run directory. Today: one node, this one."""
+    (node,) = plan.cluster.nodes
+    if plan.backend == "python":
+        argv = (sys.executable, "-m", "launcher.worker", str(run.plan))
+    else:
+        argv = (sys.executable, *_torchrun(plan, node.host), str(run.plan))
+    return (NodeCommand(host=node.host, argv=argv, env=worker_environment(plan), cwd=str(Path.cwd())),)
+
+
+def prepare_command(plan: Plan, run: RunDir) -> NodeCommand:
+    """What prepares a node before any rank exists."""
+    env = worker_environment(plan) | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(_cores())}
+    # Prepare is the one step that may download, and tokenising wants all cores; ranks may do neither.
+    for name in ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM"):
+        del env[name]
+    argv = (sys.executable, "-m", "launcher.worker.prepare", str(run.plan))
+    return NodeCommand(host=plan.cluster.nodes[0].host, argv=argv, env=env, cwd=str(Path.cwd()))
+
+
+def worker_environment(plan: Plan) -> dict[str, str]:
+    """Variables for libraries that read nothing else."""
+    env = {
+        "OMP_NUM_THREADS": str(max(1, _cores() // plan.num_processes)),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if plan.kind == "cuda":
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(device.uuid or str(device.index) for device in plan.cluster.devices)
+    else:
+        env["CUDA_VISIBLE_DEVICES"] = ""
+        # One node: a host name that resolves to another interface would make gloo hang.
+        env["GLOO_SOCKET_IFNAME"] = "lo"
+    return env
+
+
+def _torchrun(plan: Plan, host: str) -> tuple[str, ...]:
+    """torchrun's own arguments; `launcher.worker.torchrun` is torchrun plus a file that says which rank failed how."""
+    endpoint = f"127.0.0.1:{plan.recipe.launch.port or 0}"
+    return (
+        "-m", "launcher.worker.torchrun",
+        "--nnodes=1", f"--nproc-per-node={plan.num_processes}",
+        "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--rdzv-id={plan.name}", "--local-addr=127.0.0.1",
+        "-m", "launcher.worker",
+    )  # fmt: skip
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))

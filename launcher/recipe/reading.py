@@ -1,0 +1,252 @@
+"""A recipe file and overrides in, a checked frozen `Recipe` out; or one RecipeError that names every mistake.
+
+Paths inside the file count from the file's folder, paths of an override from where you are. Both are absolute in the Recipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from launcher.errors import Problem, RecipeError
+from launcher.recipe.document import Document, read_document
+from launcher.recipe.rules import broken_rules
+from launcher.recipe.schema import Recipe
+
+# What other tools call it -> what it is called here.
+_ELSEWHERE = {
+    "learning_rate": "train.lr",
+    "batch_size": "train.global_batch",
+    "per_device_train_batch_size": "train.micro_batch",
+    "micro_batch_size": "train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch (accumulation is derived from it)",
+    "accumulation": "train.global_batch (accumulation is derived from it)",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "warmup_ratio": "train.warmup",
+    "warmup_steps": "train.warmup",
+    "lr_scheduler_type": "train.schedule",
+    "logging_steps": "train.log_every_steps",
+    "eval_steps": "train.eval_every_steps",
+    "save_steps": "checkpoint.every_steps",
+    "save_total_limit": "checkpoint.keep",
+    "output_dir": "launch.run_dir",
+    "model_name_or_path": "model.path",
+    "base_model": "model.path",
+    "torch_dtype": "model.dtype",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "load_in_4bit": "model.quantization",
+    "load_in_8bit": "model.quantization",
+    "dataset": "data.path",
+    "cutoff_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "sequence_len": "data.max_length",
+    "val_size": "data.eval.fraction",
+    "packing": "data.batching",
+    "lora_r": "adapter.r",
+    "lora_rank": "adapter.r",
+    "rank": "adapter.r",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_target": "adapter.targets",
+    "target_modules": "adapter.targets",
+    "finetuning_type": "adapter.type",
+    "deepspeed": "strategy.type",
+    "nproc_per_node": "hardware, or the flag --nproc",
+    "master_port": "launch.port",
+}
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "dict_type": "a mapping",
+    "tuple_type": "a list",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "finite_number": "a finite number",
+}
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A checked recipe, with the document it came from for messages that name a place."""
+
+    name: str
+    recipe: Recipe
+    document: Document
+
+    @contextlib.contextmanager
+    def locating(self) -> Iterator[None]:
+        """Give every RecipeError raised inside the file, line and column of its keys."""
+        try:
+            yield
+        except RecipeError as error:
+            raise _located(error.problems, self.document) from None
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read, override and check a recipe.
+
+    Raises:
+        RecipeError: the file or an override has mistakes; all of them are in it.
+        UsageError: the file cannot be read, or an override is none.
+    """
+    document = read_document(path)
+    for override in overrides:
+        document.set(override)
+    problems = list(document.problems)
+    try:
+        recipe = Recipe.model_validate(document.values)
+    except ValidationError as error:
+        raise _located([*problems, *_problems_of(error)], document) from None
+    problems += broken_rules(recipe)
+    if problems:
+        raise _located(problems, document)
+    return LoadedRecipe(name=path.stem, recipe=with_absolute_paths(recipe, document), document=document)
+
+
+def with_absolute_paths(recipe: Recipe, document: Document) -> Recipe:
+    """The same recipe with every path absolute; a hub id stays as it is."""
+
+    def base(key: str) -> Path:
+        parts = key.split(".")
+        prefixes = {".".join(parts[: n + 1]) for n in range(len(parts))}
+        return Path.cwd() if prefixes & document.from_command_line else document.folder
+
+    def absolute(value: str, key: str) -> str:
+        return os.path.normpath(base(key) / Path(value).expanduser())
+
+    def each(value: str | tuple[str, ...], key: str) -> str | tuple[str, ...]:
+        return absolute(value, key) if isinstance(value, str) else tuple(absolute(item, key) for item in value)
+
+    model, data, launch = recipe.model, recipe.data, recipe.launch
+    if model.path is not None:
+        folder = absolute(model.path, "model.path")
+        if model.path.startswith(("/", ".", "~")) or os.path.isdir(folder):
+            model = model.model_copy(update={"path": folder})
+    evaluation = data.eval
+    if evaluation is not None and evaluation.path is not None:
+        evaluation = evaluation.model_copy(update={"path": each(evaluation.path, "data.eval.path")})
+    data = data.model_copy(update={"path": each(data.path, "data.path"), "eval": evaluation})
+    if launch.run_dir is not None:
+        launch = launch.model_copy(update={"run_dir": absolute(launch.run_dir, "launch.run_dir")})
+    return recipe.model_copy(update={"model": model, "data": data, "launch": launch})
+
+
+def _located(problems: Sequence[Problem], document: Document) -> RecipeError:
+    placed = [problem if problem.where else replace(problem, where=document.place(problem.key)) for problem in problems]
+    return RecipeError(sorted(placed, key=lambda problem: _line_and_column(problem.where)))
+
+
+def _line_and_column(where: str) -> tuple[int, int]:
+    """Sort key: file order first, overrides last."""
+    parts = where.rsplit(":", 2)
+    if len(parts) == 3 and parts[1].isdigit() and parts[2].isdigit():
+        return int(parts[1]), int(parts[2])
+    return 10**9, 0
+
+
+def _problems_of(error: ValidationError) -> list[Problem]:
+    """One problem a key, from pydantic's one error per alternative of a union."""
+    grouped: dict[str, list[Any]] = {}
+    for detail in error.errors(include_url=False):
+        key = _key_of(detail["loc"])
+        if detail["type"] in ("extra_forbidden", "missing"):
+            key = ".".join(str(part) for part in detail["loc"])
+        grouped.setdefault(key, []).append(detail)
+    return [Problem(key, _message(key, details)) for key, details in grouped.items()]
+
+
+def _key_of(loc: tuple[int | str, ...]) -> str:
+    """The dotted key of an error: without the names pydantic adds for the alternatives of a union."""
+    parts: list[str] = []
+    section: Any = Recipe
+    for part in loc:
+        fields = _fields_of(section)
+        if part in fields:
+            section = fields[str(part)].annotation
+            parts.append(str(part))
+        elif isinstance(part, int):
+            parts.append(str(part))
+    return ".".join(parts)
+
+
+def _fields_of(annotation: Any) -> dict[str, Any]:
+    """Alias or name -> field, of the section that an annotation such as `Eval | None` holds; empty for plain values."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return {field.alias or name: field for name, field in candidate.model_fields.items()}
+    return {}
+
+
+def _message(key: str, details: list[Any]) -> str:
+    first = details[0]
+    if first["type"] == "extra_forbidden":
+        return f"unknown key. {_did_you_mean_key(key)}"
+    if first["type"] == "missing":
+        return f"is missing. {_describe(key)}"
+    expected = list(dict.fromkeys(_expectation(detail) for detail in details))
+    message = f"expected {' or '.join(expected)}, found {first['input']!r}."
+    choices = [c.strip(" '") for d in details if d["type"] == "literal_error" for c in d["ctx"]["expected"].replace(" or ", ",").split(",")]
+    close = difflib.get_close_matches(str(first["input"]).lower(), choices, n=1)
+    return f"{message} Did you mean {close[0]}?" if close else f"{message} {_describe(key)}"
+
+
+def _expectation(detail: Any) -> str:
+    """What one alternative of a field wants, in words."""
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "literal_error":
+        return str(context["expected"]).replace("'", "")
+    bounds = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
+    if kind in bounds:
+        sign = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}[bounds[kind]]
+        return f"{sign} {context[bounds[kind]]:g}"
+    if kind == "string_pattern_mismatch":
+        return f"text like {context['pattern']}"
+    return _EXPECTED.get(kind, str(detail["msg"]))
+
+
+def _describe(key: str) -> str:
+    """The sentence of the field, to help where there is nothing to guess."""
+    field: Any = None
+    annotation: Any = Recipe
+    for part in key.split("."):
+        field = _fields_of(annotation).get(part, field)
+        annotation = getattr(field, "annotation", None)
+    return str(field.description) if field is not None else ""
+
+
+def _did_you_mean_key(key: str) -> str:
+    parent, _, name = key.rpartition(".")
+    if name in _ELSEWHERE:
+        return f"Did you mean {_ELSEWHERE[name]}?"
+    annotation: Any = Recipe
+    for part in parent.split(".") if parent else []:
+        annotation = _fields_of(annotation)[part].annotation
+    siblings = _fields_of(annotation)
+    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
+    if close:
+        return f"Did you mean {f'{parent}.' if parent else ''}{close[0]}?"
+    elsewhere = [full for full in all_keys() if full.rpartition(".")[2] == name]
+    if elsewhere:
+        return f"Did you mean {elsewhere[0]}?"
+    return f"{parent or 'A recipe'} has: {', '.join(siblings)}"
+
+
+def all_keys(section: Any = Recipe, prefix: str = "") -> list[str]:
+    """Every dotted key that a recipe can have, sections included."""
+    keys: list[str] = []
+    for name, field in _fields_of(section).items():
+        keys += [prefix + name, *all_keys(field.annotation, f"{prefix}{name}.")]
+    return keys

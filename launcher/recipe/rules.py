@@ -1,0 +1,90 @@
+"""Rules between the fields of a recipe: a Recipe in, the broken rules out.
+
+Here stands what the libraries cannot combine and what contradicts itself whatever the machine; what depends on the model or
+the devices (fp16 on a CPU, packing with a family that cannot) is found by `launcher.plan`. Each rule was tried against the
+libraries: tests/recipe/test_rules.py holds the attempts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from launcher.errors import Problem
+from launcher.recipe.schema import Recipe
+
+SHARDED = ("zero1", "zero2", "zero3", "fsdp")
+
+
+def broken_rules(recipe: Recipe) -> list[Problem]:
+    """All broken rules; none for a recipe that is right."""
+    return [problem for rule in _RULES for problem in rule(recipe)]
+
+
+def _model(recipe: Recipe) -> Iterator[Problem]:
+    model = recipe.model
+    if (model.path is None) == (model.config is None):
+        found = "neither path nor config is set" if model.path is None else "path and config are both set"
+        yield Problem("model", f"{found}. Give one: path for a model that exists, config for one from random weights")
+    if model.config is not None and "model_type" not in model.config:
+        yield Problem("model.config", "has no model_type. Add it, e.g. model_type: llama")
+    if model.quantization != "none" and recipe.adapter.type == "full":
+        yield Problem(
+            "adapter.type",
+            f"full cannot train a base stored in {model.quantization}: quantised weights have no gradient. "
+            "Set adapter.type=lora, or model.quantization=none",
+        )
+
+
+def _data(recipe: Recipe) -> Iterator[Problem]:
+    evaluation = recipe.data.eval
+    if evaluation is not None:
+        given = [name for name in ("fraction", "rows", "path") if getattr(evaluation, name) is not None]
+        if len(given) != 1:
+            found = "nothing is set" if not given else f"{' and '.join(given)} are set"
+            yield Problem("data.eval", f"{found}. Give one of fraction, rows, path")
+    if recipe.train.early_stopping is not None and evaluation is None:
+        yield Problem("train.early_stopping", "needs an evaluation loss. Add data.eval, e.g. data.eval.fraction=0.02")
+    if recipe.data.format == "text" and recipe.data.system is not None:
+        yield Problem("data.system", "plain text has no system prompt. Remove it, or use another data.format")
+
+
+def _adapter(recipe: Recipe) -> Iterator[Problem]:
+    adapter = recipe.adapter
+    if adapter.type == "full" and adapter.modules_to_save:
+        yield Problem("adapter.modules_to_save", "full trains every module already. Remove it")
+    if adapter.init_r is not None and adapter.type != "adalora":
+        yield Problem("adapter.init_r", f"only adalora has it; {adapter.type} keeps its rank. Remove it, or set adapter.r")
+    if adapter.init_r is not None and adapter.type == "adalora" and adapter.init_r < adapter.r:
+        yield Problem("adapter.init_r", f"{adapter.init_r} is below adapter.r={adapter.r}: ranks only fall. Set adapter.init_r={adapter.r * 3 // 2}")
+    if adapter.targets == ():
+        yield Problem("adapter.targets", "is an empty list. Write auto, all-linear or names of modules")
+
+
+def _strategy(recipe: Recipe) -> Iterator[Problem]:
+    strategy, launch = recipe.strategy, recipe.launch
+    if strategy.offload != "none" and not strategy.type.startswith("zero"):
+        yield Problem("strategy.offload", f"{strategy.type} has no offload. Set strategy.type=zero2 or zero3, or offload=none")
+    if strategy.offload == "parameters" and strategy.type in ("zero1", "zero2"):
+        yield Problem("strategy.offload", f"{strategy.type} does not shard parameters. Set strategy.type=zero3, or offload=optimizer")
+    if strategy.type == "device_map" and strategy.device_map is None:
+        yield Problem("strategy.device_map", "is missing. Name one, e.g. strategy.device_map=2gpu-mixed")
+    if strategy.type not in ("device_map", "auto") and strategy.device_map is not None:
+        yield Problem(
+            "strategy.type", f"{strategy.type} starts a process per device, a device map spreads one model over all. Set strategy.type=device_map"
+        )
+    if launch.backend == "deepspeed" and strategy.type not in ("auto", "zero1", "zero2", "zero3"):
+        yield Problem("launch.backend", f"deepspeed is for zero1, zero2 and zero3, not {strategy.type}. Set launch.backend=torchrun")
+    if launch.backend == "python" and strategy.type in ("ddp", *SHARDED):
+        yield Problem("launch.backend", f"python starts one process, {strategy.type} needs one per device. Set launch.backend=torchrun")
+
+
+def _run(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.checkpoint.resume == "auto" and recipe.launch.run_dir is None:
+        yield Problem("checkpoint.resume", "auto needs a run directory that stays the same. Set launch.run_dir, or use: launch resume RUN")
+    if recipe.checkpoint.async_:
+        yield Problem("checkpoint.async", "this version writes checkpoints in the foreground. Set checkpoint.async=false")
+    if recipe.launch.max_restarts:
+        yield Problem("launch.max_restarts", "this version does not restart by itself. Set launch.max_restarts=0 and use: launch resume RUN")
+
+
+_RULES: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (_model, _data, _adapter, _strategy, _run)

@@ -1,0 +1,57 @@
+"""Where recipes are: a path works as it is; a bare name is looked up beside the user, then among the shipped ones."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from launcher.errors import UsageError
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def shipped_folder() -> Path:
+    """The folder of the shipped recipes: inside an installed wheel, or beside the package in a checkout."""
+    inside = _PACKAGE / "_recipes"
+    return inside if inside.is_dir() else _PACKAGE.parent / "recipes"
+
+
+def find_recipe(name: str) -> Path:
+    """The file that a path or bare name means.
+
+    Raises:
+        UsageError: there is none; names the nearest.
+    """
+    given = Path(name).expanduser()
+    if given.is_file():
+        return given
+    if given.name == name:  # a bare name, with or without its ending
+        file_name = name if given.suffix in (".yaml", ".yml") else f"{name}.yaml"
+        for folder in (Path("recipes"), Path(), shipped_folder()):
+            if (folder / file_name).is_file():
+                return folder / file_name
+    known = {path.stem: path for path in recipes()}
+    close = difflib.get_close_matches(given.stem, known, n=1)
+    found = "is a folder" if given.is_dir() else "there is no such recipe"
+    to_type = f"did you mean: launch {known[close[0]]}" if close else "list the recipes there are: launch recipes"
+    raise UsageError(f"recipe {name}", found, to_type)
+
+
+def recipes() -> list[Path]:
+    """All recipes beside the user and shipped, the user's own first, without schema and device maps."""
+    found: dict[str, Path] = {}
+    for folder in (Path("recipes"), shipped_folder()):
+        for path in sorted(folder.glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return list(found.values())
+
+
+def purpose(path: Path) -> str:
+    """The first sentence of a recipe's head comment."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        if "yaml-language-server" not in line:
+            lines.append(line.lstrip("# "))
+    return " ".join(lines).split(". ")[0].rstrip(".")

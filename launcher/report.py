@@ -1,0 +1,212 @@
+"""What happened, from the files of a run directory: the first failure, the numbers of a run, report.json.
+
+Reads only what ranks and supervisor wrote; asks no process and no device.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher import manifest
+from launcher.plan import Plan
+from launcher.rundir import RunDir, read_events, read_json, write_json
+
+# What the other ranks say when one has gone: true of them, but not the cause.
+_ECHO_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError")
+_ECHO_TEXT = re.compile(r"Connection (closed|reset|refused)|Broken pipe|Socket Timeout|gloo/transport|NCCL|Timed out waiting|store->get")
+_SIGNALS = {
+    signal.SIGKILL: "killed (SIGKILL): by somebody, or by the kernel because host memory was full",
+    signal.SIGSEGV: "crashed (SIGSEGV): a fault in native code",
+    signal.SIGABRT: "aborted (SIGABRT): native code gave up",
+    signal.SIGBUS: "crashed (SIGBUS): shared memory or a mapped file ran out",
+}
+_LAST_LINES = 20
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The first rank that failed, and what it says.
+
+    Args:
+        rank: global rank; None when the ranks never started.
+        cause: one line, the type and message of the true exception, or how it was killed.
+        where: `file:line in function` of the innermost frame of ours and of the innermost of all.
+        traceback: the whole of it, empty for a killed rank.
+        exit_code: 128 + signal for a killed rank.
+        parts: you_set, found, to_type of an error of the person's, else empty.
+        echoes: ranks that failed after it, because of it.
+    """
+
+    rank: int | None
+    host: str
+    device: str
+    step: int
+    phase: str
+    time: float
+    cause: str
+    where: str
+    traceback: str
+    exit_code: int
+    log: str
+    parts: dict[str, str]
+    echoes: tuple[int, ...]
+
+
+def first_failure(run: RunDir, plan: Plan, node_exit_code: int) -> Failure:
+    """Who failed first. Call it for a run whose node command ended with a code other than 0."""
+    errors = {int(path.stem): read_json(path) for path in run.errors.glob("[0-9]*.json")}
+    errors = {rank: error for rank, error in errors.items() if error}
+    ended = {int(rank): ended for rank, ended in ((read_json(run.errors / "node.json") or {}).get("ranks") or {}).items()}
+    killed = {r: end for r, end in ended.items() if end["exit_code"] < 0 and -end["exit_code"] in _SIGNALS and r not in errors}
+    if not ended and node_exit_code < 0 and not errors and read_json(run.heartbeat(0)):
+        killed = {0: {"exit_code": node_exit_code}}  # a single process without torchrun above it
+    causes = {rank: error for rank, error in errors.items() if not _is_echo(error)}
+    if killed:
+        rank = min(killed, key=lambda r: _last_beat(run, r).get("time", 0.0))
+        earlier = [r for r, error in causes.items() if error["time"] < _last_beat(run, rank).get("time", 0.0)]
+        if not earlier:
+            return _killed(run, plan, rank, -killed[rank]["exit_code"], _others(rank, errors, ended))
+    chosen = causes or errors
+    if chosen:
+        rank = min(chosen, key=lambda r: chosen[r]["time"])
+        return _raised(run, rank, chosen[rank], _others(rank, errors, ended))
+    return _never_started(run, plan, node_exit_code)
+
+
+def _is_echo(error: dict[str, Any]) -> bool:
+    return error["type"].rpartition(".")[2] in _ECHO_TYPES or bool(_ECHO_TEXT.search(error["message"]))
+
+
+def _others(rank: int, errors: dict[int, Any], ended: dict[int, Any]) -> tuple[int, ...]:
+    return tuple(sorted((set(errors) | set(ended)) - {rank}))
+
+
+def _last_beat(run: RunDir, rank: int) -> dict[str, Any]:
+    return read_json(run.heartbeat(rank)) or {}
+
+
+def _raised(run: RunDir, rank: int, error: dict[str, Any], echoes: tuple[int, ...]) -> Failure:
+    kind = error["type"].rpartition(".")[2]
+    message = (error["message"].strip().splitlines() or [""])[0]
+    parts = {key: error[key] for key in ("you_set", "found", "to_type") if key in error}
+    cause = f"{parts['you_set']}: {parts['found']}" if parts else f"{error['type'] if kind == 'OutOfMemoryError' else kind}: {message}"
+    return Failure(
+        rank=rank, host=error["host"], device=error["device"], step=error["step"], phase=error["phase"], time=error["time"], cause=cause,
+        where=_where(error["traceback"]), traceback=error["traceback"], exit_code=error["exit_code"],
+        log=str(run.rank_log(error["host"], rank)), parts=parts, echoes=echoes,
+    )  # fmt: skip
+
+
+def _killed(run: RunDir, plan: Plan, rank: int, number: int, echoes: tuple[int, ...]) -> Failure:
+    beat = _last_beat(run, rank)
+    host = beat.get("host", plan.cluster.nodes[0].host)
+    devices = plan.cluster.devices
+    return Failure(
+        rank=rank, host=host, device=devices[min(rank, len(devices) - 1)].name, step=beat.get("step", 0), phase=beat.get("phase", "start"),
+        time=beat.get("time", 0.0), cause=_SIGNALS[signal.Signals(number)], where="", traceback="", exit_code=128 + number,
+        log=str(run.rank_log(host, rank)), parts={}, echoes=echoes,
+    )  # fmt: skip
+
+
+def _never_started(run: RunDir, plan: Plan, exit_code: int) -> Failure:
+    host = plan.cluster.nodes[0].host
+    log = run.node_log(host)
+    lines = [line for line in last_lines(log) if "Error" in line or "error" in line]
+    return Failure(
+        rank=None, host=host, device="", step=0, phase="start", time=0.0, cause=lines[-1].strip() if lines else f"{plan.backend} ended with {exit_code}",
+        where="", traceback="", exit_code=exit_code if exit_code > 0 else 128 - exit_code, log=str(log), parts={}, echoes=(),
+    )  # fmt: skip
+
+
+def _where(traceback: str) -> str:
+    """`worker/training.py:188 in training_step → modeling_llama.py:512 in forward`, from a traceback's text."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', traceback)
+    if not frames:
+        return ""
+    ours = [frame for frame in frames if "/launcher/" in frame[0]]
+    chosen = [ours[-1], frames[-1]] if ours and ours[-1] != frames[-1] else [frames[-1]]
+    return " → ".join(f"{'/'.join(Path(file).parts[-2:])}:{line} in {function}" for file, line, function in chosen)
+
+
+def last_lines(path: Path, num: int = _LAST_LINES) -> list[str]:
+    """The last lines of a log, none where there is no log."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 200 * num))
+            return file.read().decode(errors="replace").splitlines()[-num:]
+    except OSError:
+        return []
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The story of a run in numbers; None where it did not get so far.
+
+    Args:
+        seconds: by phase: prepare, start (until all ranks are ready), first_step, train.
+        loss_first, loss_last: training loss of the first and the last logged window.
+        eval_first, eval_last, eval_best: nats per supervised token.
+        memory_bytes: the largest peak of any rank.
+    """
+
+    steps: int
+    max_steps: int
+    loss_first: float | None
+    loss_last: float | None
+    eval_first: float | None
+    eval_last: float | None
+    eval_best: float | None
+    tokens_per_second: float | None
+    memory_bytes: int | None
+    seconds: dict[str, float]
+
+
+def numbers(run: RunDir, seconds: dict[str, float]) -> Numbers:
+    """Read events.jsonl."""
+    events, _ = read_events(run)
+    logs = [event for event in events if event["event"] == "log"]
+    evals = [event["loss"] for event in events if event["event"] == "eval"]
+    starts = [event for event in events if event["event"] == "train"]
+    speeds = sorted(event["tokens_per_second"] for event in logs[1:] or logs)
+    return Numbers(
+        steps=max((event["step"] for event in logs), default=0),
+        max_steps=starts[-1]["max_steps"] if starts else 0,
+        loss_first=logs[0]["loss"] if logs else None,
+        loss_last=logs[-1]["loss"] if logs else None,
+        eval_first=evals[0] if evals else None,
+        eval_last=evals[-1] if evals else None,
+        eval_best=min(evals) if evals else None,
+        tokens_per_second=speeds[len(speeds) // 2] if speeds else None,
+        memory_bytes=int(max(event["memory_bytes"] for event in logs)) if logs else None,
+        seconds={name: round(value, 2) for name, value in seconds.items()},
+    )
+
+
+def write_report(run: RunDir, plan: Plan, exit_code: int, story: Numbers, failure: Failure | None) -> None:
+    """Write report.json."""
+    prepared = read_json(run.prepared) or {}
+    checkpoints: Sequence[Path] = manifest.folders(run)
+    best = manifest.best_first(run)
+    write_json(
+        run.report,
+        {
+            "name": plan.name,
+            "exit_code": exit_code,
+            "result": "done" if exit_code == 0 else "interrupted" if exit_code == InterruptedCode else "failed",
+            **asdict(story),
+            "memory_predicted_bytes": plan.memory.total_bytes,
+            "data": prepared.get("report"),
+            "checkpoints": [folder.name for folder in checkpoints],
+            "best_checkpoint": best[0][1].name if best else None,
+            "resumed_from": plan.resume_from,
+            "failure": asdict(failure) if failure else None,
+        },
+    )
+
+
+InterruptedCode = 130

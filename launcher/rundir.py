@@ -1,0 +1,186 @@
+"""The name of every file in a run directory, and the two ways files are written there: whole and renamed, or appended.
+
+    recipe.yaml        the resolved recipe           plan.json        what the workers read
+    prepared.json      what prepare left for them    environment.json versions and devices
+    commands.txt       every command line started    logs/            <host>-rank<k>.log, <host>-node.log
+    events.jsonl       what happened, a line each    errors/          <rank>.json of a rank that failed
+    heartbeat/         <rank>.json, pid and phase    tensorboard/     one writer
+    checkpoints/       step-N/ with manifest.json    report.json      the end of the story
+    export/            merged weights                run.lock         held while a launcher works here
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import PreflightError, UsageError
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths below one run directory; nothing is created by naming it."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def prepared(self) -> Path:
+        return self.path / "prepared.json"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def commands(self) -> Path:
+        return self.path / "commands.txt"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def errors(self) -> Path:
+        return self.path / "errors"
+
+    @property
+    def heartbeats(self) -> Path:
+        return self.path / "heartbeat"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.json"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    def rank_log(self, host: str, rank: int) -> Path:
+        return self.logs / f"{host}-rank{rank}.log"
+
+    def node_log(self, host: str) -> Path:
+        return self.logs / f"{host}-node.log"
+
+    def error(self, rank: int) -> Path:
+        return self.errors / f"{rank}.json"
+
+    def heartbeat(self, rank: int) -> Path:
+        return self.heartbeats / f"{rank}.json"
+
+    def create(self) -> None:
+        """Make the directory and the folders that ranks write to.
+
+        Raises:
+            PreflightError: it cannot be written to.
+        """
+        try:
+            for folder in (self.path, self.logs, self.errors, self.heartbeats, self.tensorboard, self.checkpoints):
+                folder.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".write-test-{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise PreflightError(
+                f"run directory {self.path}", f"cannot be written: {error.strerror}", "name another one: launch.run_dir=/path/with/space"
+            ) from None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run directory for this process. The lock ends with the process, however it ends.
+
+        Raises:
+            PreflightError: another launcher holds it.
+        """
+        with (self.path / "run.lock").open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                lock.seek(0)
+                owner = lock.read().strip() or "another launcher"
+                raise PreflightError(
+                    f"run directory {self.path}", f"is in use by {owner}", "wait for it, or name another one: launch.run_dir=DIR"
+                ) from None
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()}")
+            lock.flush()
+            yield
+            lock.truncate(0)
+
+
+def open_run(name: str | Path) -> RunDir:
+    """The run directory that a person named.
+
+    Raises:
+        UsageError: it is none.
+    """
+    run = RunDir(Path(name).expanduser().resolve())
+    if not run.plan.is_file():
+        found = "holds no plan.json" if run.path.is_dir() else "there is no such folder"
+        raise UsageError(f"run {name}", found, "give the folder of a run; list them with: launch runs")
+    return run
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a whole file: a reader sees the old one or the new one, also after a crash."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole, indented for people."""
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file, None where there is none or it is torn."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def append_event(run: RunDir, event: dict[str, Any]) -> None:
+    """Add a line to events.jsonl; one write call, so lines of several processes do not mix."""
+    with run.events.open("ab") as file:
+        file.write(json.dumps(event, ensure_ascii=False).encode() + b"\n")
+
+
+def read_events(run: RunDir, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """The events from a byte offset on, and the offset after the last whole line."""
+    if not run.events.is_file():
+        return [], offset
+    with run.events.open("rb") as file:
+        file.seek(offset)
+        data = file.read()
+    whole = data[: data.rfind(b"\n") + 1]
+    return [json.loads(line) for line in whole.splitlines() if line.strip()], offset + len(whole)

@@ -1,0 +1,268 @@
+"""Starts what the plan says, follows it, stops it and answers with an exit code; nothing it started outlives it.
+
+The supervisor is one thread that polls: the files ranks write, and the processes it started. Every process is ended by pid and start time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from launcher.command import NodeCommand, node_commands, prepare_command
+from launcher.errors import InterruptedRunError, PreflightError
+from launcher.manifest import Verdict
+from launcher.plan import Plan, identity
+from launcher.preflight import environment
+from launcher.report import Failure, Numbers, first_failure, last_lines, numbers, write_report
+from launcher.rundir import RunDir, append_event, read_events, read_json, write_atomic, write_json
+
+Listener = Callable[[dict[str, Any]], None]
+_POLL_SECONDS = 0.1
+# torchrun needs about a second to end its workers; ten are promised in all.
+_GRACE_SECONDS = 6.0
+
+
+def write_run(plan: Plan, run: RunDir, resuming: bool) -> None:
+    """Write down what is about to be carried out: recipe, plan, commands, environment.
+
+    Raises:
+        PreflightError: the directory holds a run already and nobody asked to go on with it.
+    """
+    if run.plan.exists() and not resuming:
+        shown = _shown(run.path)
+        raise PreflightError(
+            f"run directory {shown}", "holds a run already", f"go on with it: launch resume {shown}, or name another one: launch.run_dir=DIR"
+        )
+    text = io.StringIO()
+    YAML(typ="safe", pure=True).dump(plan.recipe.model_dump(mode="json", by_alias=True), text)
+    write_atomic(run.recipe, text.getvalue())
+    write_atomic(run.plan, plan.model_dump_json(indent=1, by_alias=True) + "\n")
+    write_json(run.environment, environment(plan.cluster))
+    with run.commands.open("a", encoding="utf-8") as file:
+        for command in (prepare_command(plan, run), *node_commands(plan, run)):
+            file.write(f"{command}\n")
+
+
+def continue_from(plan: Plan, chosen: Verdict | None) -> Plan:
+    """The plan that goes on from a checkpoint; the plan itself where there is none.
+
+    Raises:
+        PreflightError: what the checkpoint's weights, optimizer or order of rows depend on has changed.
+    """
+    if chosen is None or chosen.manifest is None:
+        return plan
+    before, now = chosen.manifest.identity, identity(plan)
+    changed = [f"{key} was {before[key]!r}, now {now[key]!r}" for key in now if key in before and before[key] != now[key]]
+    if changed:
+        raise PreflightError(
+            f"resume from {chosen.folder.name}", "; ".join(changed), "leave these as they were, or start a new run: launch RECIPE"
+        )
+    return plan.model_copy(update={"resume_from": f"checkpoints/{chosen.folder.name}"})
+
+
+@dataclass
+class Outcome:
+    """How a run ended."""
+
+    exit_code: int
+    story: Numbers
+    failure: Failure | None = None
+
+
+class StopRequest:
+    """Whether somebody asked to stop; set by Ctrl-C, SIGTERM or SIGHUP while it is installed."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[StopRequest]:
+        """Take the three signals over for a while."""
+
+        def handle(number: int, _: FrameType | None) -> None:
+            self.signal = self.signal or number
+
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@dataclass
+class Supervisor:
+    """One attempt to carry out a plan in a run directory.
+
+    Args:
+        tell: called with every event, for the screen.
+        seconds: how long each phase took.
+    """
+
+    plan: Plan
+    run: RunDir
+    tell: Listener
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def carry_out(self) -> Outcome:
+        """Prepare, start, follow to the end.
+
+        Raises:
+            PreflightError: prepare found data or a model that cannot be used.
+            InterruptedRunError: somebody stopped it; everything is ended.
+        """
+        with StopRequest().installed() as stop:
+            try:
+                self._clear_signs_of_earlier_attempts()
+                self._prepare(stop)
+                code = self._train(stop)
+            except InterruptedRunError:
+                self._report(InterruptedRunError.exit_code, None)
+                raise
+        failure = None if code == 0 else first_failure(self.run, self.plan, code)
+        return Outcome(failure.exit_code if failure else 0, self._report(failure.exit_code if failure else 0, failure), failure)
+
+    def prepare_only(self) -> None:
+        """Fill the cache for this plan; raises what `carry_out` raises."""
+        with StopRequest().installed() as stop:
+            self._prepare(stop)
+
+    def _report(self, exit_code: int, failure: Failure | None) -> Numbers:
+        story = numbers(self.run, self.seconds)
+        write_report(self.run, self.plan, exit_code, story, failure)
+        return story
+
+    def _clear_signs_of_earlier_attempts(self) -> None:
+        for folder in (self.run.errors, self.run.heartbeats):
+            for path in folder.glob("*.json"):
+                path.unlink()
+
+    def _prepare(self, stop: StopRequest) -> None:
+        started = time.monotonic()
+        command = prepare_command(self.plan, self.run)
+        log = self.run.logs / f"{command.host}-prepare.log"
+        with log.open("ab") as errors:
+            process = _start(command, stdout=subprocess.PIPE, stderr=errors)
+        assert process.stdout is not None
+        os.set_blocking(process.stdout.fileno(), False)
+        last: dict[str, Any] = {}
+        rest = b""
+        while True:
+            code = process.poll()
+            rest += process.stdout.read() or b""
+            *lines, rest = rest.split(b"\n")
+            for line in lines:
+                last = json.loads(line)
+                self.tell(last)
+            if code is not None:
+                break
+            self._end_if_asked(stop, process)
+            time.sleep(_POLL_SECONDS / 4)
+        process.stdout.close()
+        self.seconds["prepare"] = time.monotonic() - started
+        if last.get("event") == "error":
+            error = PreflightError(last["you_set"], last["found"], last["to_type"])
+            error.exit_code = last["exit_code"]
+            raise error
+        if code:
+            lines_of_log = "\n".join(f"    {line}" for line in last_lines(log, 6))
+            raise PreflightError("prepare", f"ended with {code}; its last words:\n{lines_of_log}", f"see {log}")
+        self.tell({"event": "prepared", **(read_json(self.run.prepared) or {}), "seconds": self.seconds["prepare"]})
+
+    def _train(self, stop: StopRequest) -> int:
+        """Start the ranks and follow them; the exit code of the node's command."""
+        started = time.monotonic()
+        (command,) = node_commands(self.plan, self.run)
+        offset = self.run.events.stat().st_size if self.run.events.is_file() else 0
+        append_event(self.run, {"event": "start", "time": time.time()})
+        with self.run.node_log(command.host).open("ab") as log:
+            process = _start(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            while (code := process.poll()) is None:
+                offset = self._pass_on(offset, started)
+                self._end_if_asked(stop, process)
+                time.sleep(_POLL_SECONDS)
+        finally:
+            end(process, self._recorded())
+        self._pass_on(offset, started)
+        self.seconds["all"] = time.monotonic() - started
+        return code
+
+    def _pass_on(self, offset: int, started: float) -> int:
+        """Tell the listener what the ranks wrote, and keep the times of the phases."""
+        events, offset = read_events(self.run, offset)
+        for event in events:
+            since = time.monotonic() - started
+            if event["event"] == "ready":
+                self.seconds.setdefault("start", since)
+            if event["event"] == "log":
+                self.seconds.setdefault("first_step", since)
+            self.tell({**event, "seconds": since})
+        return offset
+
+    def _end_if_asked(self, stop: StopRequest, process: subprocess.Popen[bytes]) -> None:
+        """Stop everything when a signal came."""
+        if stop.signal is None:
+            return
+        name = signal.Signals(stop.signal).name
+        self.tell({"event": "stopping", "signal": name})
+        end(process, self._recorded())
+        raise InterruptedRunError(name, "every process of this run has ended", f"go on later with: launch resume {_shown(self.run.path)}")
+
+    def _recorded(self) -> list[dict[str, Any]]:
+        """pid and start time of every rank that has shown a sign of life."""
+        beats = [read_json(path) for path in self.run.heartbeats.glob("*.json")]
+        return [beat for beat in beats if beat]
+
+
+def _start(command: NodeCommand, **streams: Any) -> subprocess.Popen[bytes]:
+    # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which then ends the others in order.
+    return subprocess.Popen(
+        command.argv, env={**os.environ, **command.env}, cwd=command.cwd, stdin=subprocess.DEVNULL, start_new_session=True, **streams
+    )
+
+
+def end(process: subprocess.Popen[bytes], recorded: list[dict[str, Any]]) -> None:
+    """End a node's command and the ranks it recorded: politely, and after some seconds by force."""
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE_SECONDS)
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 2.0
+    while (alive := [beat for beat in recorded if is_running(beat)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for beat in alive:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(beat["pid"], signal.SIGKILL)
+
+
+def is_running(beat: dict[str, Any]) -> bool:
+    """Whether the very process of a heartbeat is still there, not one that got its pid later."""
+    try:
+        stat = Path(f"/proc/{beat['pid']}/stat").read_text()
+    except OSError:
+        return False
+    fields = stat.rpartition(")")[2].split()
+    return fields[0] != "Z" and int(fields[19]) == beat["started"]
+
+
+def _shown(path: Path) -> str:
+    """A path as a person would type it from here."""
+    with contextlib.suppress(ValueError):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)

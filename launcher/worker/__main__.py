@@ -1,0 +1,114 @@
+"""What torchrun starts on every rank: one path, RUN/plan.json, in; a trained model in RUN/checkpoints out.
+
+Exit codes: 0, the code of a LaunchError, else 1; what happened is in RUN/errors/<rank>.json before this process ends.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import socket
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import PreflightError
+from launcher.plan import Plan
+from launcher.rundir import RunDir, append_event
+from launcher.worker.prepared import read_prepared
+from launcher.worker.pulse import Pulse, die_with_parent, log_to
+
+
+def main(plan_path: str) -> int:
+    """Run this rank; its exit code."""
+    die_with_parent()
+    run = RunDir(Path(plan_path).resolve().parent)
+    pulse = Pulse(run)
+    log_to(run.rank_log(socket.gethostname(), pulse.rank))
+    faulthandler.enable()
+    pulse.beat("import")
+    plan = Plan.model_validate_json(run.plan.read_text(encoding="utf-8"))
+    device_name = plan.cluster.devices[min(pulse.local_rank, len(plan.cluster.devices) - 1)].name
+    try:
+        train(plan, run, pulse)
+    except Exception as error:  # noqa: BLE001 - everything ends here: it is written down, reported first and turned into an exit code
+        traceback.print_exc()
+        return pulse.failed(error, device_name)
+    finally:
+        _leave_process_group()
+    pulse.beat("done")
+    return 0
+
+
+def train(plan: Plan, run: RunDir, pulse: Pulse) -> None:
+    """Build the model, train it and commit the last checkpoint."""
+    _quiet_libraries()
+    import torch
+
+    from launcher.worker.adapters import with_adapter
+    from launcher.worker.model import load_model
+    from launcher.worker.training import PlannedTrainer, check_world, total_steps
+
+    pulse.beat("connect")
+    device = torch.device(plan.kind, pulse.local_rank) if plan.kind == "cuda" else torch.device("cpu")
+    if plan.kind == "cuda":
+        torch.cuda.set_device(device)
+    _connect(plan, torch)
+    check_world(plan, device)
+    pulse.beat("load")
+    prepared = read_prepared(run)
+    rows = _rows(prepared.data_dir)
+    model = load_model(plan, prepared.model_dir, device)
+    # One seed for all ranks: the adapter starts the same everywhere, and the same as in a run on one rank.
+    torch.manual_seed(plan.recipe.train.seed)
+    model = with_adapter(model, plan, total_steps(plan, len(rows["train"])))
+    if plan.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+    trainer = PlannedTrainer(plan, run, prepared, {"model": model, **rows}, pulse)
+    if pulse.rank == 0:
+        append_event(run, {"event": "ready", "time": time.time(), "ranks": plan.num_processes})
+    pulse.beat("train")
+    trainer.train(resume_from_checkpoint=str(run.path / plan.resume_from) if plan.resume_from else None)
+
+
+def _connect(plan: Plan, torch: Any) -> None:
+    """Join the process group that torchrun's variables describe.
+
+    Raises:
+        PreflightError: this rank was started as one of another number than planned.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != plan.num_processes:
+        raise PreflightError(f"{plan.num_processes} ranks", f"this one was started as one of {world_size}", "start the run with: launch RECIPE")
+    if world_size > 1:
+        torch.distributed.init_process_group("nccl" if plan.kind == "cuda" else "gloo")
+
+
+def _rows(data_dir: str) -> dict[str, Any]:
+    """The tokenised rows, mapped from disk: ranks share one copy in the page cache."""
+    from datasets import load_from_disk
+
+    return {name: load_from_disk(f"{data_dir}/{name}") for name in ("train", "eval")}
+
+
+def _quiet_libraries() -> None:
+    """Leave out of the rank's log what says nothing about this run."""
+    import logging
+
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+
+
+def _leave_process_group() -> None:
+    """Without this, processes that end together often abort in gloo's threads."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,113 @@
+"""A base model and the plan's adapter in, the model to train out; what PEFT leaves to its caller stands here."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from launcher.errors import UsageError
+from launcher.plan import Plan
+
+_SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+
+
+def with_adapter(model: Any, plan: Plan, total_steps: int) -> Any:
+    """The model with the plan's adapter, ready to train; under `full` the model itself with every weight trained.
+
+    Raises:
+        UsageError: targets match nothing in this model; lists the names it has.
+    """
+    import peft
+
+    if plan.recipe.model.quantization != "none":
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if plan.recipe.adapter.type == "full":
+        model.requires_grad_(True)
+        return model
+    try:
+        return peft.get_peft_model(model, peft_config(plan, total_steps))
+    except ValueError as error:
+        if "arget modules" not in str(error):
+            raise
+        names = ", ".join(sorted(linear_names(model)))
+        set_to = plan.targets if isinstance(plan.targets, str) else ", ".join(plan.targets)
+        raise UsageError(f"adapter.targets: {set_to}", f"match nothing in {plan.shape.name}", f"it has: {names}") from None
+
+
+def peft_config(plan: Plan, total_steps: int) -> Any:
+    """The PEFT config of the plan's adapter."""
+    import peft
+
+    adapter = plan.recipe.adapter
+    common: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": adapter.dropout,
+        "target_modules": plan.targets if isinstance(plan.targets, str) else list(plan.targets),
+        "modules_to_save": list(adapter.modules_to_save) or None,
+    }
+    if adapter.type != "adalora":
+        return peft.LoraConfig(r=adapter.r, use_rslora=adapter.type == "rslora", use_dora=adapter.type == "dora", **common)
+    # The Trainer multiplies each micro batch's loss by the number of ranks and sums over accumulation, both undone by its
+    # token count; the orthogonality term is added before the first and knows nothing of the second.
+    repeated = plan.num_processes * plan.accumulation
+    start, end = _adalora_schedule(total_steps)
+    return peft.AdaLoraConfig(
+        init_r=adapter.init_r or math.ceil(1.5 * adapter.r), target_r=adapter.r, tinit=start, tfinal=end, deltaT=max(1, total_steps // 100),
+        total_step=total_steps, orth_reg_weight=adapter.orth_reg_weight / repeated, **common,
+    )  # fmt: skip
+
+
+def _adalora_schedule(total_steps: int) -> tuple[int, int]:
+    """Steps of warmup before ranks fall, and steps at the end during which they stay: a tenth and three tenths.
+
+    Raises:
+        UsageError: too few steps for ranks to fall in between.
+    """
+    if total_steps < 3:
+        raise UsageError("adapter.type: adalora", f"needs at least 3 steps to take ranks away, there are {total_steps}", "raise train.epochs")
+    return max(1, total_steps // 10), max(1, total_steps * 3 // 10)
+
+
+def linear_names(model: torch.nn.Module) -> set[str]:
+    """Last parts of the names of all linear layers."""
+    return {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+class AdaLoraRanks(TrainerCallback):
+    """Lets AdaLoRA take ranks away after every step; neither PEFT nor the Trainer does it by itself."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        model.base_model.update_and_allocate(state.global_step)
+
+
+def adalora_state(model: Any) -> dict[str, torch.Tensor]:
+    """What decides which ranks go next and which are gone, flat, for a checkpoint."""
+    allocator = model.base_model.rankallocator
+    state = {
+        f"{kind}/{name}": tensor.detach().cpu().contiguous()
+        for kind in _SCORES
+        for name, tensor in getattr(allocator, kind).items()
+    }
+    pattern = allocator.peft_config.rank_pattern or {}
+    return state | {f"rank_pattern/{name}": torch.tensor(kept) for name, kept in pattern.items()}
+
+
+def load_adalora_state(model: Any, state: dict[str, torch.Tensor]) -> None:
+    """Put the state of a checkpoint back; PEFT restores neither the scores nor the pattern of an adapter that is trained on."""
+    allocator = model.base_model.rankallocator
+    device = next(model.parameters()).device
+    for key, tensor in state.items():
+        kind, _, name = key.partition("/")
+        if kind in _SCORES:
+            getattr(allocator, kind)[name] = tensor.to(device)
+    pattern = {key.partition("/")[2]: kept.tolist() for key, kept in state.items() if key.startswith("rank_pattern/")}
+    allocator.peft_config.rank_pattern = pattern or None
+
+
+def active_ranks(model: Any) -> dict[str, int]:
+    """AdaLoRA: how many singular values of each module are still in use."""
+    return {name.partition(".lora_E")[0]: int((p.detach() != 0).sum()) for name, p in model.named_parameters() if ".lora_E." in name}

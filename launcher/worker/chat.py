@@ -1,0 +1,92 @@
+"""`launch chat RUN`: questions in, answers streamed token by token, with the prompt format that the run was trained on."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from launcher.errors import LaunchError
+from launcher.rundir import RunDir
+from launcher.worker.data.rows import Message
+from launcher.worker.loading import Trained, load_trained
+
+
+def main(argv: list[str]) -> int:
+    """Talk until the person leaves; the exit code."""
+    options = _options(argv)
+    try:
+        trained = load_trained(RunDir(Path(options.run)), options.step, quantized=True)
+    except LaunchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    history: list[Message] = [{"role": "system", "content": options.system}] if options.system else []
+    if options.prompt is not None:
+        answer(trained, [*history, {"role": "user", "content": options.prompt}], options)
+        return 0
+    print(f"{trained.plan.name}, {trained.checkpoint.name}. An empty line or Ctrl-D ends the talk, /new forgets what was said.")
+    start = len(history)
+    while True:
+        try:
+            question = input("\nyou    ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        if not question:
+            return 0
+        if question == "/new":
+            del history[start:]
+            continue
+        history.append({"role": "user", "content": question})
+        print("model  ", end="", flush=True)
+        history.append({"role": "assistant", "content": answer(trained, history, options)})
+
+
+def answer(trained: Trained, messages: list[Message], options: Any) -> str:
+    """Print an answer as it comes; the whole of it."""
+    import torch
+    from transformers import TextIteratorStreamer
+
+    ids = torch.tensor([trained.prompter.prompt(messages)], device=trained.model.device)
+    streamer = TextIteratorStreamer(trained.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature > 0 else {"do_sample": False}
+    failure: list[BaseException] = []
+
+    def generate() -> None:
+        try:
+            trained.model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer, max_new_tokens=options.max_new_tokens,
+                eos_token_id=list(trained.prepared.eos_token_ids), pad_token_id=trained.prepared.pad_token_id, **sampling,
+            )  # fmt: skip
+        except BaseException as error:
+            failure.append(error)
+            streamer.end()  # otherwise the loop below waits for ever
+
+    thread = Thread(target=generate, daemon=True)
+    thread.start()
+    text = ""
+    for piece in streamer:
+        print(piece, end="", flush=True)
+        text += piece
+    print()
+    thread.join()
+    if failure:
+        raise failure[0]
+    return text
+
+
+def _options(argv: list[str]) -> Any:
+    parser = argparse.ArgumentParser(prog="launch chat")
+    parser.add_argument("run")
+    parser.add_argument("--prompt")
+    parser.add_argument("--system")
+    parser.add_argument("--step")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

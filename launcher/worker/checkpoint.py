@@ -1,0 +1,175 @@
+"""Writes and reads checkpoints/step-N: a staging folder, every rank's part, checksums, the manifest last, one rename.
+
+    adapter_model.safetensors  or  model-0000k-of-0000n.safetensors    weights, readable by PEFT and transformers
+    optimizer-rank<k>.safetensors                                      the share of optimizer state that rank k wrote, by parameter name
+    optimizer.json                                                     scalars of the optimizer and the scheduler's step
+    rng_state*.pth, trainer_state.json, adalora.safetensors            random states, the Trainer's counters, AdaLoRA's scores
+    manifest.json                                                      the commit marker
+
+Optimizer state goes by parameter name, so that another number of ranks can read it, and as safetensors, so that nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from launcher.manifest import FILE_NAME, Manifest, best_first, describe_file, folders, sync_folder
+from launcher.plan import Plan, identity
+from launcher.rundir import RunDir, write_atomic
+
+State = dict[str, Any]
+
+
+def save_checkpoint(
+    run: RunDir, plan: Plan, step: int, epoch: float, eval_loss: float | None, write: Callable[[Path], None]
+) -> Path:
+    """Commit checkpoints/step-N. Called by every rank; `write` puts this rank's files into the folder it is given.
+
+    Raises:
+        OSError: a file could not be written; the staging folder is removed and nothing older is touched.
+    """
+    rank, num_ranks = _rank(), _num_ranks()
+    target = run.checkpoints / f"step-{step}"
+    staging = run.checkpoints / f".staging-step-{step}"
+    if rank == 0:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    _barrier()
+    error: str | None = None
+    try:
+        write(staging)
+    except OSError as failure:
+        error = f"rank {rank}: {failure}"
+    errors = [message for message in _gather(error) if message]
+    if errors:
+        if rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise OSError(f"checkpoint step-{step} was not saved: {errors[0]}")
+    if rank == 0:
+        _commit(staging, target, Manifest(
+            step=step, epoch=epoch, identity=identity(plan), eval_loss=eval_loss,
+            world={"num_processes": num_ranks, "strategy": plan.strategy, "micro_batch": plan.micro_batch, "accumulation": plan.accumulation},
+            files={},
+        ))  # fmt: skip
+        _rotate(run, plan)
+    _barrier()
+    return target
+
+
+def _commit(staging: Path, target: Path, manifest: Manifest) -> None:
+    """Checksums, flush to disk, manifest, rename."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in sorted(staging.rglob("*")):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)  # safetensors writes 0600, which locks colleagues out of a shared folder
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    files = {str(path.relative_to(staging)): describe_file(path) for path in sorted(staging.rglob("*")) if path.is_file()}
+    write_atomic(staging / FILE_NAME, manifest.model_copy(update={"files": files}).model_dump_json(indent=1) + "\n")
+    sync_folder(staging)
+    if target.exists():
+        # Only a damaged folder can be in the way: a valid one would have been resumed from. It stays for whoever looks into it.
+        place = 1
+        while target.with_name(f"{target.name}.damaged-{place}").exists():
+            place += 1
+        target.rename(target.with_name(f"{target.name}.damaged-{place}"))
+    staging.rename(target)
+    sync_folder(target.parent)
+
+
+def _rotate(run: RunDir, plan: Plan) -> None:
+    """Delete what is older than `keep` complete checkpoints; the best one stays, and folders without a manifest are not counted."""
+    complete = [folder for folder in folders(run) if (folder / FILE_NAME).is_file()]
+    surplus = complete[plan.recipe.checkpoint.keep :]
+    if not surplus:
+        return
+    best = [folder for _, folder in best_first(run)[:1]]
+    for folder in surplus:
+        if folder not in best:
+            # The name goes first: a half-deleted folder must not look like a checkpoint.
+            doomed = folder.with_name(f".deleting-{folder.name}")
+            folder.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def write_optimizer(folder: Path, optimizer: Any, scheduler: Any, model: torch.nn.Module) -> None:
+    """This rank's share of the optimizer's state, and on rank 0 what is no tensor."""
+    names = _parameter_names(optimizer, model)
+    state: dict[int, State] = optimizer.state_dict()["state"]
+    rank, num_ranks = _rank(), _num_ranks()
+    mine = {
+        f"{names[index]}|{key}": value.detach().cpu().contiguous()
+        for place, index in enumerate(sorted(state))
+        if place % num_ranks == rank
+        for key, value in state[index].items()
+        if isinstance(value, torch.Tensor)
+    }
+    save_file(mine, folder / f"optimizer-rank{rank}.safetensors")
+    if rank == 0:
+        rest = {names[i]: {k: v for k, v in values.items() if _is_plain(v)} for i, values in state.items()}
+        left = {"scalars": rest, "parameters": [names[i] for i in sorted(state)], "last_epoch": scheduler.last_epoch}
+        (folder / "optimizer.json").write_text(json.dumps(left))
+
+
+def read_optimizer(folder: Path, optimizer: Any, scheduler: Any, model: torch.nn.Module) -> None:
+    """Put the state of all shards back. Learning rate, weight decay and the like come from the recipe, not from the checkpoint."""
+    left = json.loads((folder / "optimizer.json").read_text())
+    by_name: dict[str, State] = {name: dict(left["scalars"].get(name, {})) for name in left["parameters"]}
+    for shard in sorted(folder.glob("optimizer-rank*.safetensors")):
+        with safe_open(shard, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - a safe_open is no mapping
+                name, _, kind = key.rpartition("|")
+                by_name[name][kind] = file.get_tensor(key)
+    names = _parameter_names(optimizer, model)
+    current = optimizer.state_dict()
+    state = {index: by_name[name] for index, name in names.items() if name in by_name}
+    optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+    scheduler.last_epoch = left["last_epoch"]
+    scheduler._step_count = left["last_epoch"] + 1
+    for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        group["lr"] = base * factor(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
+def _parameter_names(optimizer: Any, model: torch.nn.Module) -> dict[int, str]:
+    """Index in the optimizer's state -> parameter name."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {index: names[id(parameter)] for index, parameter in enumerate(ordered)}
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, int | float | bool | str) or value is None
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _gather(value: Any) -> list[Any]:
+    """The value of every rank, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

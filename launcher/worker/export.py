@@ -1,0 +1,134 @@
+"""`launch export RUN`: a checkpoint in, a folder out that loads on its own and computes the same.
+
+The adapter is merged into the base in full precision, never into a quantised one. Before the folder gets its name it is loaded in a
+fresh process and its logits are compared with those of base and adapter side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher.errors import LaunchError, PreflightError
+from launcher.rundir import RunDir
+from launcher.worker.loading import Trained, load_trained
+
+# Largest difference of a logit, as a share of the largest logit: what rounding does when two matrices are added before the product.
+_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
+_PROBE = "The quick brown fox jumps over the lazy dog. 今天天气很好。"
+
+
+def main(argv: list[str]) -> int:
+    """Export, or with --verify compare; the exit code."""
+    options = _options(argv)
+    if options.verify:
+        return verify(Path(options.run), Path(options.verify))
+    try:
+        export(RunDir(Path(options.run)), options)
+    except LaunchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def export(run: RunDir, options: Any) -> None:
+    """Write the folder.
+
+    Raises:
+        PreflightError: it is there already, cannot be written, or does not compute the same.
+    """
+    out = Path(options.out).expanduser().resolve() if options.out else run.export
+    if out.exists():
+        raise PreflightError(f"export folder {out}", "is there already", "remove it, or name another one: --out DIR")
+    staging = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    trained = load_trained(run, options.step, quantized=False)
+    print(f"export       {trained.plan.name}, {trained.checkpoint.name}")
+    try:
+        staging.mkdir(parents=True)
+        probe = run.path / f".export-probe-{os.getpid()}.pt"
+        torch.save(_logits(trained.model, _probe_ids(trained)), probe)
+        try:
+            size = options.max_shard_size or trained.plan.recipe.checkpoint.max_shard_size
+            num_bytes = _write(trained, staging, size)
+            _verify_in_fresh_process(staging, probe, trained)
+        finally:
+            probe.unlink()
+        staging.rename(out)
+    except OSError as error:
+        raise PreflightError(f"export folder {out}", f"cannot be written: {error.strerror}", "name another one: --out DIR") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    print(f"verified     loads in a fresh process and gives the same logits\ndone         {out}  {num_bytes / 2**20:,.1f} MiB")
+
+
+def _write(trained: Trained, folder: Path, max_shard_size: str) -> int:
+    """Merged weights in shards, config, generation config and tokenizer; the bytes written."""
+    model = trained.model.merge_and_unload() if trained.plan.recipe.adapter.type != "full" else trained.model
+    model.generation_config.eos_token_id = list(trained.prepared.eos_token_ids)
+    model.generation_config.pad_token_id = trained.prepared.pad_token_id
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    trained.tokenizer.save_pretrained(folder)
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~umask)
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _verify_in_fresh_process(folder: Path, probe: Path, trained: Trained) -> None:
+    command = [sys.executable, "-m", "launcher.worker.export", str(folder), "--verify", str(probe)]
+    if trained.plan.recipe.model.trust_remote_code:
+        command.append("--trust-remote-code")
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
+    if done.returncode:
+        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        raise PreflightError("export", f"the folder does not load or compute as it should: {lines[-1] if lines else ''}", "report this, please")
+
+
+def verify(folder: Path, probe: Path) -> int:
+    """Load a folder as anybody would and compare its logits with those kept in `probe`; 0 when they agree."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    kept = torch.load(probe, weights_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, trust_remote_code="--trust-remote-code" in sys.argv)
+    AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code="--trust-remote-code" in sys.argv)
+    found = _logits(model.eval(), kept["ids"])["logits"]
+    name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[model.dtype]
+    difference = float((found - kept["logits"]).abs().max() / kept["logits"].abs().max())
+    if difference > _TOLERANCE[name]:
+        print(f"logits differ by {difference:.1e} of the largest, allowed in {name}: {_TOLERANCE[name]:.0e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _probe_ids(trained: Trained) -> torch.Tensor:
+    ids = trained.tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    return torch.tensor([[token for token in ids if token is not None]])
+
+
+def _logits(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """ids of shape (1, tokens) -> their logits in fp32, on the CPU."""
+    with torch.no_grad():
+        return {"ids": ids, "logits": model(input_ids=ids.to(model.device)).logits.float().cpu()}
+
+
+def _options(argv: list[str]) -> Any:
+    parser = argparse.ArgumentParser(prog="launch export")
+    parser.add_argument("run")
+    parser.add_argument("--out")
+    parser.add_argument("--max-shard-size")
+    parser.add_argument("--step")
+    parser.add_argument("--verify")
+    parser.add_argument("--trust-remote-code", action="store_true")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

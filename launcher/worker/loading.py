@@ -1,0 +1,88 @@
+"""A run directory in, its trained model and tokenizer out, for chat and export: base, adapter of a checkpoint, prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher import manifest
+from launcher.errors import UsageError
+from launcher.plan import Plan
+from launcher.rundir import RunDir
+from launcher.worker.data.tokens import Prompter
+from launcher.worker.model import load_model
+from launcher.worker.prepared import Prepared, read_prepared
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run has trained."""
+
+    plan: Plan
+    prepared: Prepared
+    model: Any
+    tokenizer: Any
+    checkpoint: Path
+
+    @property
+    def prompter(self) -> Prompter:
+        return Prompter(self.tokenizer, self.prepared.template)
+
+
+def load_trained(run: RunDir, step: str | None, quantized: bool) -> Trained:
+    """Load a checkpoint of a run.
+
+    Args:
+        step: a number, `best`, `latest`; None is best where the recipe stops early, else latest.
+        quantized: whether a quantised base stays so.
+
+    Raises:
+        UsageError: there is no such valid checkpoint.
+    """
+    from transformers import AutoTokenizer
+
+    plan = Plan.model_validate_json(run.plan.read_text(encoding="utf-8"))
+    prepared = read_prepared(run)
+    folder = find_checkpoint(run, step or ("best" if plan.recipe.train.early_stopping else "latest"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if plan.recipe.adapter.type == "full":
+        model = load_model(plan, folder, device, quantized)
+    else:
+        import peft
+
+        base = load_model(plan, prepared.model_dir, device, quantized)
+        model = peft.PeftModel.from_pretrained(base, str(folder))
+    model.eval()
+    model.config.use_cache = True
+    tokenizer = AutoTokenizer.from_pretrained(
+        prepared.tokenizer_dir, trust_remote_code=plan.recipe.model.trust_remote_code, local_files_only=True
+    )
+    return Trained(plan, prepared, model, tokenizer, folder)
+
+
+def find_checkpoint(run: RunDir, which: str) -> Path:
+    """The folder of a valid checkpoint: a step, `best` or `latest`.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if which == "best":
+        for _, folder in manifest.best_first(run):
+            if manifest.verify(folder).problem is None:
+                return folder
+        which = "latest"
+    if which == "latest":
+        newest, skipped = manifest.newest_valid(run)
+        if newest is not None:
+            return newest.folder
+        found = f"{skipped[0].folder.name}: {skipped[0].problem}" if skipped else "there is none yet"
+        raise UsageError(f"checkpoint of {run.path}", found, f"train first: launch resume {run.path}")
+    folder = run.checkpoints / f"step-{which}"
+    problem = manifest.verify(folder).problem if folder.is_dir() else "there is no such checkpoint"
+    if problem is not None:
+        names = ", ".join(folder.name.removeprefix("step-") for folder in manifest.folders(run)) or "none"
+        raise UsageError(f"--step {which}", problem, f"give one of: {names}")
+    return folder

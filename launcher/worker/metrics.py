@@ -1,0 +1,160 @@
+"""Counts of every rank in, TensorBoard and events.jsonl out. One writer: rank 0.
+
+Tokens are counted as tensors on the device and read once per log, so that counting makes no step wait.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+from transformers import TrainerCallback
+
+from launcher.plan import Plan
+from launcher.rundir import RunDir, append_event
+from launcher.worker.data.tokens import IGNORED
+from launcher.worker.prepared import Prepared
+
+
+class Counters:
+    """Tokens that this rank has worked on since the last reading."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        self.real = torch.zeros((), dtype=torch.long, device=self.device)
+        self.supervised = torch.zeros((), dtype=torch.long, device=self.device)
+        self.slots = 0
+        self.since = time.perf_counter()
+
+    def add(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Count a micro batch of shape (rows, length)."""
+        mask = inputs.get("attention_mask")
+        self.slots += inputs["input_ids"].numel()
+        self.real += inputs["input_ids"].numel() if mask is None else mask.sum()
+        self.supervised += (inputs["labels"] != IGNORED).sum()
+
+    def read(self) -> list[float]:
+        """[real tokens, supervised tokens, slots with padding, seconds, peak memory in bytes] since the last reading."""
+        seconds = time.perf_counter() - self.since
+        values = [float(self.real), float(self.supervised), float(self.slots), seconds, float(peak_memory_bytes(self.device))]
+        self.reset()
+        return values
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this rank has had: the allocator's on a GPU, the whole process's on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_reserved(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Metrics(TrainerCallback):
+    """Writes what the Trainer logs, with the speed and memory of every rank beside it."""
+
+    def __init__(self, run: RunDir, plan: Plan, prepared: Prepared, device: torch.device) -> None:
+        self.run = run
+        self.plan = plan
+        self.prepared = prepared
+        self.counters = Counters(device)
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.writer: SummaryWriter | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.counters.reset()
+        if self.rank == 0:
+            # What a resumed run logs again replaces what the interrupted one logged after its checkpoint.
+            self.writer = SummaryWriter(str(self.run.tensorboard), purge_step=state.global_step + 1 if state.global_step else None)
+            if state.global_step == 0:
+                self.writer.add_text("recipe", _code(self.run.recipe.read_text(encoding="utf-8")))
+                self.writer.add_text("plan", _code(self.run.plan.read_text(encoding="utf-8")))
+            append_event(self.run, {"event": "train", "time": time.time(), "step": state.global_step, "max_steps": state.max_steps})
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        ranks = gathered(self.counters.read(), self.counters.device)
+        if self.writer is None:
+            return
+        step, seconds = state.global_step, max(row[3] for row in ranks)
+        real, slots = sum(row[0] for row in ranks), sum(row[2] for row in ranks)
+        values = {
+            "train/loss": logs["loss"],
+            "train/learning_rate": logs["learning_rate"],
+            "train/grad_norm": logs.get("grad_norm", 0.0),
+            "train/epoch": state.epoch,
+            "speed/tokens_per_second": real / seconds,
+            "speed/padding_share": 1 - real / slots if slots else 0.0,
+            "data/supervised_share": sum(row[1] for row in ranks) / real if real else 0.0,
+        }
+        for rank, row in enumerate(ranks):
+            values[f"speed_per_rank/tokens_per_second_{rank}"] = row[0] / row[3]
+            values[f"memory_per_rank/peak_gib_{rank}"] = row[4] / 2**30
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+        peak = max(row[4] for row in ranks)
+        event = {"event": "log", "time": time.time(), "step": step, "epoch": state.epoch, "loss": logs["loss"], "lr": logs["learning_rate"],
+                 "grad_norm": logs.get("grad_norm"), "tokens_per_second": round(real / seconds, 1),
+                 "padding_share": round(values["speed/padding_share"], 4), "memory_bytes": peak}  # fmt: skip
+        append_event(self.run, event)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any) -> None:
+        # The time of an evaluation is no training time.
+        self.counters.since = time.perf_counter()
+        if self.writer is not None and metrics:
+            self.writer.add_scalar("eval/loss", metrics["eval_loss"], state.global_step)
+            self.writer.flush()
+            append_event(self.run, {"event": "eval", "time": time.time(), "step": state.global_step, "loss": metrics["eval_loss"]})
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.counters.since = time.perf_counter()
+        if self.writer is not None:
+            append_event(self.run, {"event": "save", "time": time.time(), "step": state.global_step})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.writer is not None:
+            self._hparams(state)
+            self.writer.close()
+            append_event(self.run, {"event": "end", "time": time.time(), "step": state.global_step})
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """More values of somebody else's, on rank 0."""
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+    def _hparams(self, state: Any) -> None:
+        """The settings beside the result, for TensorBoard's table of runs."""
+        recipe = self.plan.recipe
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        evals = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        settings = {
+            "lr": recipe.train.lr, "global_batch": recipe.train.global_batch, "epochs": recipe.train.epochs, "seed": recipe.train.seed,
+            "adapter": recipe.adapter.type, "r": recipe.adapter.r, "alpha": recipe.adapter.alpha, "dropout": recipe.adapter.dropout,
+            "dtype": self.plan.dtype, "strategy": self.plan.strategy, "num_processes": self.plan.num_processes,
+        }  # fmt: skip
+        results = {"hparam/loss": losses[-1] if losses else float("nan"), "hparam/eval_loss": evals[-1] if evals else float("nan")}
+        assert self.writer is not None
+        self.writer.add_hparams(settings, results, run_name=".")
+
+
+def gathered(values: list[float], device: torch.device) -> list[list[float]]:
+    """The same numbers of every rank, in rank order."""
+    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    if not dist.is_initialized():
+        return [mine.tolist()]
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, mine)
+    return [part.tolist() for part in parts]
+
+
+def _code(text: str) -> str:
+    """Text that TensorBoard shows as it is: markdown's indented block."""
+    return "\n".join("    " + line for line in text.splitlines())

@@ -1,0 +1,54 @@
+"""The transformers model of this rank, offline, from the folder that prepare left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher.errors import PreflightError
+from launcher.plan import Plan
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def load_model(plan: Plan, model_dir: str | Path, device: torch.device, quantized: bool = True) -> Any:
+    """The base model in the plan's precision, on the device.
+
+    Args:
+        quantized: False loads the full-precision weights of a recipe that trains on quantised ones (merging needs them).
+
+    Raises:
+        PreflightError: the weights cannot be loaded, or some of them are missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    quantization = plan.recipe.model.quantization if quantized else "none"
+    dtype = DTYPES[plan.weights_dtype]
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "trust_remote_code": plan.recipe.model.trust_remote_code}
+    if quantization != "none":
+        options |= {"quantization_config": _bitsandbytes(quantization, DTYPES[plan.dtype]), "device_map": {"": str(device)}}
+    try:
+        model, left = AutoModelForCausalLM.from_pretrained(model_dir, output_loading_info=True, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise PreflightError(
+            f"model {plan.shape.name}", f"cannot be loaded: {str(error).splitlines()[0]}", f"check the files in {model_dir}"
+        ) from error
+    missing = sorted(left["missing_keys"])
+    if missing:
+        found = f"has no weights for {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}: they would be random"
+        raise PreflightError(f"model {plan.shape.name}", found, f"check that the files in {model_dir} are complete")
+    # The cache of keys and values is for generation; in training it costs memory and lets packed rows leak.
+    model.config.use_cache = False
+    return model if quantization != "none" else model.to(device)
+
+
+def _bitsandbytes(quantization: str, compute_dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute_dtype
+    )

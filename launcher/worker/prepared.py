@@ -1,0 +1,68 @@
+"""What prepare leaves in RUN/prepared.json for the ranks, chat and export: folders, template, token ids and counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from launcher.rundir import RunDir, read_json, write_json
+
+
+class DataReport(BaseModel):
+    """What became of the rows.
+
+    Args:
+        rows_read, rows_dropped, rows_truncated, rows_bad: counts; the truncated ones are part of what is trained on.
+        tokens, supervised_tokens: sums over the training rows.
+        length_mean, length_p50, length_p90, length_max: tokens a row.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rows_read: int
+    rows_bad: int
+    rows_dropped: int
+    rows_truncated: int
+    train_rows: int
+    eval_rows: int
+    tokens: int
+    supervised_tokens: int
+    length_mean: float
+    length_p50: int
+    length_p90: int
+    length_max: int
+
+
+class Prepared(BaseModel):
+    """Everything a rank needs beside the plan.
+
+    Args:
+        model_dir, tokenizer_dir, data_dir: local folders; no rank looks anywhere else.
+        template: `chat` or a name of families.yaml, never `auto`.
+        data_key: hash of rows, tokenizer, template and lengths; a checkpoint is continued only on the same one.
+        cached: which of them were there already.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model_dir: str
+    tokenizer_dir: str
+    data_dir: str
+    template: str
+    pad_token_id: int
+    eos_token_ids: tuple[int, ...]
+    data_key: str
+    report: DataReport
+    cached: tuple[str, ...] = ()
+
+
+def read_prepared(run: RunDir) -> Prepared:
+    """What prepare left in this run directory."""
+    return Prepared.model_validate(read_json(run.prepared))
+
+
+def write_prepared(run: RunDir, prepared: Prepared) -> None:
+    """Leave it for the ranks."""
+    value: Any = prepared.model_dump(mode="json")
+    write_json(run.prepared, value)

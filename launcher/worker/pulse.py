@@ -1,0 +1,102 @@
+"""What a rank leaves on disk while it lives and when it fails: heartbeat/<rank>.json and errors/<rank>.json.
+
+The supervisor reads them; they name the process by pid and start time, so that no other process is ever taken for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import LaunchError
+from launcher.rundir import RunDir, write_json
+
+_PR_SET_PDEATHSIG = 1
+_SECONDS_BETWEEN = 0.5
+
+
+class Pulse:
+    """The heartbeat of one rank.
+
+    Args:
+        run: where it is written.
+        rank: global rank, from torchrun's variables; 0 for a single process.
+    """
+
+    def __init__(self, run: RunDir) -> None:
+        self.run = run
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.phase = "start"
+        self.step = 0
+        self._last = 0.0
+        self._identity = {"pid": os.getpid(), "started": process_start(os.getpid()), "host": socket.gethostname(), "rank": self.rank}
+
+    def beat(self, phase: str | None = None, step: int | None = None) -> None:
+        """Say that this rank lives. A new phase is written at once, steps at most twice a second."""
+        changed = phase is not None and phase != self.phase
+        self.phase = phase or self.phase
+        self.step = self.step if step is None else step
+        now = time.time()
+        if changed or now - self._last >= _SECONDS_BETWEEN:
+            self._last = now
+            # No fsync: after a crash of the machine nobody needs it, and a disk must not slow a step down.
+            path = self.run.heartbeat(self.rank)
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.write_text(json.dumps({**self._identity, "phase": self.phase, "step": self.step, "time": now}))
+            temporary.rename(path)
+
+    def failed(self, error: BaseException, device: str) -> int:
+        """Write errors/<rank>.json; the exit code of this rank."""
+        exit_code = error.exit_code if isinstance(error, LaunchError) else 1
+        parts = {"you_set": error.you_set, "found": error.found, "to_type": error.to_type} if isinstance(error, LaunchError) else {}
+        write_json(
+            self.run.error(self.rank),
+            {
+                **self._identity, "local_rank": self.local_rank, "device": device, "time": time.time(), "phase": self.phase, "step": self.step,
+                "type": f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins."), "message": str(error),
+                "traceback": "".join(traceback.format_exception(error)), "exit_code": exit_code, **parts,
+            },
+        )  # fmt: skip
+        return exit_code
+
+
+def process_start(pid: int) -> int:
+    """Start time of a process in clock ticks since boot (field 22 of /proc/PID/stat), 0 where there is no /proc."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    return int(stat.rpartition(")")[2].split()[19])
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent ends, so that a killed launcher leaves no orphan (Linux)."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before the call
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def log_to(path: Path) -> None:
+    """Send everything this process prints, C libraries included, to its own log file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def first_line(value: Any) -> str:
+    """The first line of a message that may be long."""
+    return (str(value).strip().splitlines() or [""])[0]

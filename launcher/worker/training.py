@@ -1,0 +1,263 @@
+"""transformers.Trainer, configured by the Plan, and the few overrides it needs.
+
+Overridden: the order of rows (resumable), evaluation (weighted by tokens), saving and loading (our checkpoints). Everything else,
+the loop, accumulation, token-normalised loss, clipping, mixed precision, DDP, is the library's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from launcher.errors import LaunchError, PreflightError
+from launcher.plan import Plan
+from launcher.rundir import RunDir
+from launcher.worker import adapters, checkpoint
+from launcher.worker.data.batches import Batch, StepOrder, collator
+from launcher.worker.data.tokens import IGNORED
+from launcher.worker.metrics import Metrics, gathered
+from launcher.worker.prepared import Prepared
+from launcher.worker.pulse import Pulse
+
+_OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
+_ADALORA_FILE = "adalora.safetensors"
+
+
+def total_steps(plan: Plan, num_rows: int) -> int:
+    """Optimizer steps of the whole run."""
+    train = plan.recipe.train
+    steps_per_epoch = -(-num_rows // plan.global_batch)
+    return train.max_steps or max(1, round(steps_per_epoch * train.epochs))
+
+
+def training_arguments(plan: Plan, run: RunDir, num_rows: int) -> TrainingArguments:
+    """What the Trainer is told. Logging, evaluation and saving are decided by `Flow`, not by its own strategies."""
+    train, steps = plan.recipe.train, total_steps(plan, num_rows)
+    warmup = round(train.warmup * steps) if train.warmup < 1 else int(train.warmup)
+    checkpointing: dict[str, Any] = {}
+    if plan.gradient_checkpointing:
+        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    return TrainingArguments(
+        output_dir=str(run.path),
+        max_steps=steps,
+        per_device_train_batch_size=plan.micro_batch,
+        per_device_eval_batch_size=plan.micro_batch,
+        gradient_accumulation_steps=plan.accumulation,
+        learning_rate=train.lr,
+        lr_scheduler_type=train.schedule if train.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=warmup,
+        optim=_OPTIMIZERS[train.optimizer],
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm or 0.0,
+        bf16=plan.dtype == "bf16",
+        fp16=plan.dtype == "fp16",
+        use_cpu=plan.kind == "cpu",
+        seed=train.seed,
+        data_seed=train.seed,
+        logging_strategy="no",
+        eval_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_nan_inf_filter=False,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=plan.kind == "cuda",
+        remove_unused_columns=False,
+        eval_on_start=plan.recipe.data.eval is not None and plan.resume_from is None,
+        **checkpointing,
+    )
+
+
+class PlannedTrainer(Trainer):
+    """The Trainer of a plan."""
+
+    def __init__(self, plan: Plan, run: RunDir, prepared: Prepared, parts: dict[str, Any], pulse: Pulse) -> None:
+        self.plan = plan
+        self.run = run
+        self.prepared = prepared
+        self.pulse = pulse
+        self.train_rows, self.eval_rows = parts["train"], parts["eval"]
+        collate = collator(plan.batching, prepared.pad_token_id)
+        arguments = training_arguments(plan, run, len(self.train_rows))
+        super().__init__(model=parts["model"], args=arguments, train_dataset=self.train_rows, data_collator=collate)
+        self.metrics = Metrics(run, plan, prepared, self.args.device)
+        steps_per_epoch = -(-len(self.train_rows) // plan.global_batch)
+        for callback in (Flow(plan, steps_per_epoch, bool(len(self.eval_rows))), GradientCheck(plan), self.metrics, Beat(pulse)):
+            self.add_callback(callback)
+        if plan.recipe.adapter.type == "adalora":
+            self.add_callback(adapters.AdaLoraRanks())
+            self.add_callback(RankLog(self.metrics))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> StepOrder:
+        lengths = self.train_rows["length"][:]
+        return StepOrder(lengths, self.plan.global_batch, self.plan.recipe.train.seed, bucketed=self.plan.batching == "bucketed")
+
+    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
+        self.metrics.counters.add(inputs)
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Mean loss in nats per supervised token over all evaluation rows, the same on any number of ranks."""
+        self.pulse.beat("evaluate")
+        rows = self.eval_rows
+        order = sorted(range(len(rows)), key=lambda row: -rows[row]["length"])
+        size, rank, num_ranks = self.plan.micro_batch, self.args.process_index, self.args.world_size
+        starts = range(rank * size, len(order), size * num_ranks)
+        self.model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        with torch.no_grad():
+            for start in starts:
+                batch = self.data_collator([rows[row] for row in order[start : start + size]])
+                batch = self._prepare_inputs(batch)
+                labels = batch.pop("labels")[:, 1:]
+                logits = self.model(**batch).logits[:, :-1].float()
+                loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+                total += torch.stack([loss.double(), (labels != IGNORED).sum().double()])
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        metrics = {"eval_loss": float(total[0] / total[1].clamp(min=1))}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.pulse.beat("train")
+        return metrics
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.pulse.beat("save")
+        evals = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]
+        step, epoch = self.state.global_step, float(self.state.epoch or 0)
+        checkpoint.save_checkpoint(self.run, self.plan, step, epoch, evals[-1] if evals else None, self._write_files)
+        self.pulse.beat("train")
+
+    def _write_files(self, folder: Path) -> None:
+        """This rank's files of a checkpoint."""
+        checkpoint.write_optimizer(folder, self.optimizer, self.lr_scheduler, self.model)
+        self._save_rng_state(str(folder))
+        if self.args.process_index == 0:
+            self.model.save_pretrained(folder, max_shard_size=self.plan.recipe.checkpoint.max_shard_size)
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+            self._save_scaler(str(folder))
+            if self.plan.recipe.adapter.type == "adalora":
+                save_file(adapters.adalora_state(self.model), folder / _ADALORA_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
+        if checkpoint_dir is not None:
+            checkpoint.read_optimizer(Path(checkpoint_dir), self.optimizer, self.lr_scheduler, self.model)
+            if self.plan.recipe.adapter.type == "adalora":
+                adapters.load_adalora_state(self.model, load_file(Path(checkpoint_dir) / _ADALORA_FILE))
+
+
+class Flow(TrainerCallback):
+    """Decides at every step whether to log, evaluate, save and stop; the same on every rank, from the step alone."""
+
+    def __init__(self, plan: Plan, steps_per_epoch: int, has_eval: bool) -> None:
+        train = plan.recipe.train
+        self.log_every = train.log_every_steps
+        self.eval_every = train.eval_every_steps if train.eval_every_steps != "auto" else steps_per_epoch
+        every = plan.recipe.checkpoint.every_steps
+        self.save_every = every if every != "auto" else steps_per_epoch
+        self.has_eval = has_eval
+        self.early_stopping = train.early_stopping
+        self.steps_per_epoch = steps_per_epoch
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        step, last = state.global_step, state.global_step >= state.max_steps
+        control.should_save = last or step % self.save_every == 0
+        control.should_evaluate = self.has_eval and (last or step % self.eval_every == 0)
+        # A save ends a logging window, so that a resumed run logs the very windows of the uninterrupted one.
+        control.should_log = control.should_save or step == 1 or step % self.log_every == 0
+        control.should_training_stop = last
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any) -> None:
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        if self.early_stopping is None or state.global_step == 0:
+            return
+        # Who stops early wants the best weights, not the last: each new best is saved, and rotation spares it.
+        control.should_save = control.should_save or losses[-1] <= min(losses)
+        if rounds_without_gain(losses, self.early_stopping.min_delta) >= self.early_stopping.patience:
+            control.should_training_stop = control.should_save = True
+
+
+def rounds_without_gain(losses: list[float], min_delta: float) -> int:
+    """Evaluations since the loss last fell by more than `min_delta` below the best before it."""
+    best, since = float("inf"), 0
+    for loss in losses:
+        if loss < best - min_delta:
+            best, since = loss, 0
+        else:
+            since += 1
+    return since
+
+
+class NoGradientError(LaunchError):
+    """Weights that should be trained got no gradient."""
+
+
+class GradientCheck(TrainerCallback):
+    """Stops the run at its first step when a trainable tensor had no gradient, or when the loss is no number."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.done = False
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if self.done:
+            return
+        self.done = True
+        trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        without = [name for name, parameter in trainable if parameter.grad is None]
+        if without:
+            found = f"{len(without)} of {len(trainable)} trainable tensors got no gradient: {', '.join(without[:8])}"
+            raise NoGradientError("adapter", found, "train other modules (adapter.targets), or set train.gradient_checkpointing=false")
+        if not any(bool(parameter.grad.count_nonzero()) for _, parameter in trainable):
+            raise NoGradientError("adapter", "every gradient is exactly zero", "check data.max_length and the answers in your data")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is not None and loss != loss:
+            found = f"the loss is not a number at step {state.global_step}"
+            raise PreflightError(f"train.lr: {self.plan.recipe.train.lr:g}", found, "go back and slow down: launch resume RUN train.lr=…")
+
+
+class Beat(TrainerCallback):
+    """The heartbeat of every step."""
+
+    def __init__(self, pulse: Pulse) -> None:
+        self.pulse = pulse
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.pulse.beat("train", state.global_step)
+
+
+class RankLog(TrainerCallback):
+    """AdaLoRA's ranks in TensorBoard."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
+
+    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            ranks = list(adapters.active_ranks(model).values())
+            values = {"adalora/ranks": float(sum(ranks)), "adalora/smallest": float(min(ranks)), "adalora/largest": float(max(ranks))}
+            self.metrics.scalars(values, state.global_step)
+
+
+def check_world(plan: Plan, device: torch.device) -> None:
+    """Compare what every rank finds with the plan, before the first step.
+
+    Raises:
+        PreflightError: another number of ranks, or a rank that thinks it is alone.
+    """
+    found = gathered([float(dist.get_world_size() if dist.is_initialized() else 1)], device)
+    if len(found) != plan.num_processes or any(row[0] != plan.num_processes for row in found):
+        raise PreflightError(
+            f"{plan.num_processes} ranks", f"{len(found)} met", f"look into logs/ for ranks that did not start, and for {plan.backend}'s own message"
+        )
+
+
