@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 class Verbs(click.Group):
     """`launch RECIPE …` is `launch run RECIPE …`."""
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in self.commands and not args[0].startswith("-"):
             args = ["run", *args]
         return super().resolve_command(ctx, args)
@@ -48,7 +50,9 @@ def cli() -> None:
 
 recipe_argument = click.argument("recipe")
 overrides_argument = click.argument("overrides", nargs=-1, metavar="[key.path=value]…")
-nproc_option = click.option("--nproc", type=click.IntRange(min=1), help="Number of processes, where not all devices are wanted.")
+nproc_option = click.option(
+    "--nproc", type=click.IntRange(min=1), help="Number of processes, where not all devices are wanted."
+)
 run_argument = click.argument("run_dir", metavar="RUN")
 
 
@@ -141,8 +145,16 @@ def prepare(recipe: str, overrides: tuple[str, ...], nproc: int | None) -> None:
 @run_argument
 @click.option("--prompt", help="Answer this one question and stop.")
 @click.option("--system", help="A system prompt.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer, in tokens.")
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 always takes the likeliest token.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer, in tokens."
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0 always takes the likeliest token.",
+)
 @click.option("--step", help="Which checkpoint: a step, `best` or `latest`.")
 def chat(run_dir: str, **options: Any) -> None:
     """Talk to the model that a run has trained."""
@@ -183,7 +195,9 @@ def schema(path: str) -> None:
     try:
         Path(path).write_text(schema_text(), encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"schema {path}", f"cannot be written: {error.strerror}", "name another file, or print it: launch schema -") from None
+        raise UsageError(
+            f"schema {path}", f"cannot be written: {error.strerror}", "name another file, or print it: launch schema -"
+        ) from None
     click.echo(f"wrote {path}")
 
 
@@ -197,10 +211,14 @@ def runs(folder: str) -> None:
         report = read_json(RunDir(path.parent).report) or {}
         loss = report.get("loss_last")
         shown = f"loss {loss:.3f}" if loss is not None else ""
-        click.echo(f"{path.parent}  {report.get('result', 'not ended')}  step {report.get('steps', 0)}/{report.get('max_steps', 0)}  {shown}".rstrip())
+        click.echo(
+            f"{path.parent}  {report.get('result', 'not ended')}  step {report.get('steps', 0)}/{report.get('max_steps', 0)}  {shown}".rstrip()
+        )
 
 
-def _plan(recipe: str, overrides: Sequence[str], nproc: int | None, name: str | None = None) -> tuple[LoadedRecipe, Plan]:
+def _plan(
+    recipe: str, overrides: Sequence[str], nproc: int | None, name: str | None = None
+) -> tuple[LoadedRecipe, Plan]:
     """Recipe file and overrides -> checked recipe -> plan."""
     from launcher.cluster import resolve_cluster
     from launcher.modelshape import shape_of
@@ -257,7 +275,9 @@ def _carry_out(resuming: bool, made: Plan, where: RunDir) -> NoReturn:
             show.show_done(screen, made, outcome, where.path)
         else:
             newest, _ = manifest.newest_valid(where)
-            show.show_failure(show.console(stderr=True), outcome.failure, where.path, newest.folder.name if newest else None)
+            show.show_failure(
+                show.console(stderr=True), outcome.failure, where.path, newest.folder.name if newest else None
+            )
     sys.exit(outcome.exit_code)
 
 
@@ -266,7 +286,12 @@ def _worker(module: str, run_dir: str, options: dict[str, Any]) -> NoReturn:
     from launcher.rundir import open_run
 
     where = open_run(run_dir)
-    flags = [text for name, value in options.items() if value is not None for text in (f"--{name.replace('_', '-')}", str(value))]
+    flags = [
+        text
+        for name, value in options.items()
+        if value is not None
+        for text in (f"--{name.replace('_', '-')}", str(value))
+    ]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     sys.exit(subprocess.call([sys.executable, "-m", f"launcher.worker.{module}", str(where.path), *flags], env=env))
 

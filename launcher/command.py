@@ -42,7 +42,7 @@ def node_commands(plan: Plan, run: RunDir) -> tuple[NodeCommand, ...]:
     """The commands that carry out a plan in a run directory. Today: one node, this one."""
     (node,) = plan.cluster.nodes
     if plan.backend == "python":
-        argv = (sys.executable, "-m", "launcher.worker", str(run.plan))
+        argv: tuple[str, ...] = (sys.executable, "-m", "launcher.worker", str(run.plan))
     else:
         argv = (sys.executable, *_torchrun(plan, node.host), str(run.plan))
     return (NodeCommand(host=node.host, argv=argv, env=worker_environment(plan), cwd=str(Path.cwd())),)
@@ -80,11 +80,17 @@ def _torchrun(plan: Plan, host: str) -> tuple[str, ...]:
     """torchrun's own arguments; `launcher.worker.torchrun` is torchrun plus a file that says which rank failed how."""
     endpoint = f"127.0.0.1:{plan.recipe.launch.port or 0}"
     return (
-        "-m", "launcher.worker.torchrun",
-        "--nnodes=1", f"--nproc-per-node={plan.num_processes}",
-        "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--rdzv-id={plan.name}", "--local-addr=127.0.0.1",
-        "-m", "launcher.worker",
-    )  # fmt: skip
+        "-m",
+        "launcher.worker.torchrun",
+        "--nnodes=1",
+        f"--nproc-per-node={plan.num_processes}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={endpoint}",
+        f"--rdzv-id={plan.name}",
+        "--local-addr=127.0.0.1",
+        "-m",
+        "launcher.worker",
+    )
 
 
 def _cores() -> int:

@@ -57,7 +57,9 @@ class Problem:
     where: str = ""
 
     def __str__(self) -> str:
-        return "  ".join(part for part in (self.where, f"{self.key}: {self.message}" if self.key else self.message) if part)
+        return "  ".join(
+            part for part in (self.where, f"{self.key}: {self.message}" if self.key else self.message) if part
+        )
 
 
 class RecipeError(UsageError):

@@ -23,10 +23,11 @@ _ROLES = ("system", "user", "assistant")
 class Family(BaseModel):
     """What the launcher has to know about a family of models. Module names are paths inside the causal LM.
 
-    Defaults are Llama's. `name` is the model_type, `aliases` are further ones. `rotary` is None where positions need no module of their own beside the layers; `others` are
-    further modules beside them, which a device map has to place. `layout` names the formulas in `modelshape.layouts`.
-    An empty `lora_targets` means every linear layer but the head. `no_bf16` is the reason why bf16 is refused.
-    `eager_attention`: its code writes attention out, and keeps scores that grow with the square of the length.
+    Defaults are Llama's. `name` is the model_type, `aliases` are further ones. `rotary` is None where positions need no
+    module of their own beside the layers; `others` are further modules beside them, which a device map has to place.
+    `layout` names the formulas in `modelshape.layouts`. An empty `lora_targets` means every linear layer but the head.
+    `no_bf16` is the reason why bf16 is refused. `eager_attention`: its code writes attention out, and keeps
+    scores that grow with the square of the length. `defaults`: what transformers takes where the config is silent.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -132,7 +133,7 @@ class Template(BaseModel):
 
 @cache
 def _lines() -> dict[str, dict[str, str]]:
-    """The lines of families.yaml by section and name. YAML is slow here: all of it takes 25 ms, a line less than one."""
+    """The lines of families.yaml by section and name. YAML is slow here: all of it takes 25 ms, a line about one."""
     lines: dict[str, dict[str, str]] = {}
     section: dict[str, str] = {}
     for line in (Path(__file__).parent / "families.yaml").read_text(encoding="utf-8").splitlines():

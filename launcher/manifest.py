@@ -35,6 +35,7 @@ class Manifest(BaseModel):
 
     Args:
         step: optimizer steps done.
+        rows_key: hash of the training rows (`launcher.worker.prepared`).
         identity: recipe values that must be the same to continue (`launcher.plan.identity`).
         world: layout of the ranks that wrote it: num_processes, strategy, micro_batch, accumulation.
         eval_loss: the last evaluation before it, in nats per supervised token; None before the first.
@@ -45,6 +46,7 @@ class Manifest(BaseModel):
 
     step: int
     epoch: float
+    rows_key: str
     identity: dict[str, Any]
     world: dict[str, Any]
     eval_loss: float | None
@@ -78,7 +80,9 @@ def verify(folder: Path) -> Verdict:
     step = int(match.group(1)) if match else -1
     value = read_json(folder / FILE_NAME)
     if value is None:
-        found = "its manifest is torn" if (folder / FILE_NAME).exists() else "it has no manifest: the save did not finish"
+        found = (
+            "its manifest is torn" if (folder / FILE_NAME).exists() else "it has no manifest: the save did not finish"
+        )
         return Verdict(folder, step, None, found)
     try:
         manifest = Manifest.model_validate(value)

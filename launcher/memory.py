@@ -152,7 +152,7 @@ def _optimizer_bytes(request: MemoryRequest, shards: int) -> int:
 
 
 def _logits_bytes(request: MemoryRequest) -> int:
-    """Logits in the compute dtype, and of the loss in fp32: the log-softmax and, in the backward pass, two gradients."""
+    """Logits in the compute dtype; of the loss in fp32 the log-softmax and, in the backward pass, two gradients."""
     return request.num_tokens * request.shape.vocab_size * (request.compute_dtype_bytes + 4 * 3)
 
 
@@ -183,7 +183,7 @@ def layer_bytes_per_token(request: MemoryRequest) -> int:
     num_norms = sum(name not in shape.linears and size in _norm_sizes(shape) for name, size in shape.modules.items())
     norms = num_norms * shape.hidden_size * (4 + (request.stream_bytes if request.full and shape.rms_norm else 0))
     if any(name.endswith(("q_norm", "q_layernorm")) for name in shape.modules):
-        norms += 2 * q_size * 4
+        norms += (q_size + shape.num_kv_heads * shape.head_dim) * (4 + (request.stream_bytes if request.full else 0))
     attention = 4 * q_size * value_bytes + 4 * shape.num_heads
     if family(shape.family).eager_attention:
         attention += shape.num_heads * request.sequence_length * (4 if value_bytes == 4 else 4 + value_bytes)

@@ -108,25 +108,51 @@ def identity(plan: Plan) -> dict[str, Any]:
     }
 
 
+def steps_per_epoch(plan: Plan, num_rows: int) -> int:
+    """Optimizer steps in which every training row is seen once."""
+    return -(-num_rows // plan.global_batch)
+
+
+def total_steps(plan: Plan, num_rows: int) -> int:
+    """Optimizer steps of the whole run."""
+    train = plan.recipe.train
+    return train.max_steps or max(1, round(steps_per_epoch(plan, num_rows) * train.epochs))
+
+
 def _decide(name: str, recipe: Recipe, cluster: Cluster, shape: ModelShape) -> Plan:
     family = family_named(shape.family)
     decisions: list[Decision] = []
     problems: list[Problem] = []
+    if recipe.data.template not in ("auto", "chat", *template_names()):
+        names = ", ".join(["auto", "chat", *template_names()])
+        problems.append(Problem("data.template", f"there is no template {recipe.data.template!r}. There are: {names}"))
     strategy, num_processes = _strategy(recipe, cluster, decisions, problems)
     dtype = _dtype(recipe, cluster, family, shape, decisions, problems)
     weights_dtype: Dtype = dtype
     if recipe.adapter.type == "full" and strategy in ("single", "ddp", "device_map"):
         weights_dtype = "fp32"
         if dtype != "fp32":
-            decisions.append(Decision(key="weights", value="fp32", because=f"{dtype} alone loses small updates of trained weights"))
+            decisions.append(
+                Decision(key="weights", value="fp32", because=f"{dtype} alone loses small updates of trained weights")
+            )
     targets = _targets(recipe, family, shape, decisions, problems)
     batching = _batching(recipe, family, decisions, problems)
     trainable = 0 if problems else trainable_parameters(shape, recipe.adapter)
     draft = {
-        "version": __version__, "name": name, "recipe": recipe, "cluster": cluster, "shape": shape, "strategy": strategy,
-        "backend": recipe.launch.backend, "num_processes": num_processes, "dtype": dtype, "weights_dtype": weights_dtype,
-        "targets": targets, "trainable_parameters": trainable, "batching": batching,
-    }  # fmt: skip
+        "version": __version__,
+        "name": name,
+        "recipe": recipe,
+        "cluster": cluster,
+        "shape": shape,
+        "strategy": strategy,
+        "backend": recipe.launch.backend,
+        "num_processes": num_processes,
+        "dtype": dtype,
+        "weights_dtype": weights_dtype,
+        "targets": targets,
+        "trainable_parameters": trainable,
+        "batching": batching,
+    }
     batch = _batch(draft, decisions, problems)
     if problems:
         raise RecipeError(problems)
@@ -137,19 +163,38 @@ def _strategy(recipe: Recipe, cluster: Cluster, decisions: list[Decision], probl
     """The strategy and how many processes it starts."""
     asked, num = recipe.strategy.type, cluster.num_devices
     if recipe.launch.backend == "python" and num > 1 and asked != "device_map":
-        problems.append(Problem("launch.backend", f"python starts one process, the hardware has {num} devices. Set launch.backend=torchrun"))
+        problems.append(
+            Problem(
+                "launch.backend",
+                f"python starts one process, the hardware has {num} devices. Set launch.backend=torchrun",
+            )
+        )
     if asked == "auto":
         chosen = "single" if num == 1 else "ddp"
-        because = "there is one device" if num == 1 else f"a copy of the model on each of {num} devices is fastest where it fits"
+        because = (
+            "there is one device"
+            if num == 1
+            else f"a copy of the model on each of {num} devices is fastest where it fits"
+        )
         decisions.append(Decision(key="strategy.type", value=chosen, because=because))
         return chosen, num
     if asked == "single" and num > 1:
-        problems.append(Problem("strategy.type", f"single uses one device, the hardware has {num}. Set strategy.type=ddp, or add --nproc 1"))
+        problems.append(
+            Problem(
+                "strategy.type",
+                f"single uses one device, the hardware has {num}. Set strategy.type=ddp, or add --nproc 1",
+            )
+        )
     return asked, 1 if asked == "device_map" and recipe.strategy.schedule == "naive" else num
 
 
 def _dtype(
-    recipe: Recipe, cluster: Cluster, family: Family, shape: ModelShape, decisions: list[Decision], problems: list[Problem]
+    recipe: Recipe,
+    cluster: Cluster,
+    family: Family,
+    shape: ModelShape,
+    decisions: list[Decision],
+    problems: list[Problem],
 ) -> Dtype:
     asked = recipe.model.dtype
     without_bf16 = [device.name for device in cluster.devices if not device.bf16]
@@ -166,11 +211,21 @@ def _dtype(
         decisions.append(Decision(key="model.dtype", value=chosen, because=because))
         return chosen  # type: ignore[return-value]
     if asked == "fp16" and cluster.kind == "cpu":
-        problems.append(Problem("model.dtype", "fp16 does not train on a CPU: gradients are scaled by a GPU kernel. Set model.dtype=fp32"))
+        problems.append(
+            Problem(
+                "model.dtype",
+                "fp16 does not train on a CPU: gradients are scaled by a GPU kernel. Set model.dtype=fp32",
+            )
+        )
     if asked == "bf16" and without_bf16 and cluster.kind != "cpu":
         problems.append(Problem("model.dtype", f"{without_bf16[0]} has no bf16. Set model.dtype=fp16"))
     if asked == "bf16" and own_code_needs_fp16:
-        problems.append(Problem("model.dtype", f"the own code of {family.name} computes positions in bf16 and loses some. Set model.dtype=fp16"))
+        problems.append(
+            Problem(
+                "model.dtype",
+                f"the own code of {family.name} computes positions in bf16 and loses some. Set model.dtype=fp16",
+            )
+        )
     return asked
 
 
@@ -184,13 +239,23 @@ def _targets(
         return "all-linear"
     if adapter.targets == "auto":
         chosen: tuple[str, ...] | Literal["all-linear"] = tuple(family.lora_targets) or "all-linear"
-        because = f"the attention projections of {family.name}" if family.lora_targets else f"{shape.model_type} is no family known here"
-        decisions.append(Decision(key="adapter.targets", value=chosen if isinstance(chosen, str) else ", ".join(chosen), because=because))
+        because = (
+            f"the attention projections of {family.name}"
+            if family.lora_targets
+            else f"{shape.model_type} is no family known here"
+        )
+        decisions.append(
+            Decision(
+                key="adapter.targets", value=chosen if isinstance(chosen, str) else ", ".join(chosen), because=because
+            )
+        )
         return chosen
     missing = unmatched_targets(shape, adapter.targets)
     if missing:
         has = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in shape.linears))
-        problems.append(Problem("adapter.targets", f"{', '.join(missing)} match nothing in {shape.name}. It has: {has}"))
+        problems.append(
+            Problem("adapter.targets", f"{', '.join(missing)} match nothing in {shape.name}. It has: {has}")
+        )
     return tuple(adapter.targets)
 
 
@@ -203,7 +268,11 @@ def _batching(
         problems.append(Problem("data.batching", message))
     if asked != "auto":
         return asked
-    decisions.append(Decision(key="data.batching", value="bucketed", because="rows of like length leave little padding in every family"))
+    decisions.append(
+        Decision(
+            key="data.batching", value="bucketed", because="rows of like length leave little padding in every family"
+        )
+    )
     return "bucketed"
 
 
@@ -235,8 +304,12 @@ def _batch(draft: dict[str, Any], decisions: list[Decision], problems: list[Prob
         because = f"the largest that fits {budget / GIB:.1f} GiB, at most {_LARGEST_MICRO_BATCH[cluster.kind]}, and divides the global batch"
         decisions.append(Decision(key="train.micro_batch", value=str(size), because=because))
     if asked == "auto":
-        because = "activations do not fit without" if checkpointing else "everything fits without computing layers twice"
-        decisions.append(Decision(key="train.gradient_checkpointing", value=str(checkpointing).lower(), because=because))
+        because = (
+            "activations do not fit without" if checkpointing else "everything fits without computing layers twice"
+        )
+        decisions.append(
+            Decision(key="train.gradient_checkpointing", value=str(checkpointing).lower(), because=because)
+        )
     return {
         "micro_batch": size,
         "accumulation": max(1, rows_per_process // size),
@@ -294,7 +367,11 @@ def _does_not_fit(plan: Plan) -> DoesNotFitError:
         f"largest part: {largest} {parts[largest] / GIB:.1f} GiB"
     )
     fits = [f"    {override:<44}{gib:6.1f} GiB" for override, gib in _remedies(plan)]
-    to_type = "\n".join(["fits, least change first:", *fits]) if fits else "no single change makes it fit: use a smaller model or more memory"
+    to_type = (
+        "\n".join(["fits, least change first:", *fits])
+        if fits
+        else "no single change makes it fit: use a smaller model or more memory"
+    )
     return DoesNotFitError(f"{plan.name} on {plan.cluster.source}", found, to_type)
 
 
@@ -306,10 +383,14 @@ def _remedies(plan: Plan) -> list[tuple[str, float]]:
         candidates.append(("train.gradient_checkpointing=true", "train", {"gradient_checkpointing": True}))
     if plan.micro_batch > 1:
         candidates.append(("train.micro_batch=1", "train", {"micro_batch": 1}))
-    candidates.append((f"data.max_length={recipe.data.max_length // 2}", "data", {"max_length": recipe.data.max_length // 2}))
+    candidates.append(
+        (f"data.max_length={recipe.data.max_length // 2}", "data", {"max_length": recipe.data.max_length // 2})
+    )
     if recipe.adapter.type == "full":
         candidates.append(("adapter.type=lora", "adapter", {"type": "lora"}))
-        candidates += [(f"strategy.type={name}", "strategy", {"type": name}) for name in ("zero3",) if plan.num_processes > 1]
+        candidates += [
+            (f"strategy.type={name}", "strategy", {"type": name}) for name in ("zero3",) if plan.num_processes > 1
+        ]
     elif recipe.model.quantization == "none":
         candidates += [(f"model.quantization={q}", "model", {"quantization": q}) for q in ("int8", "nf4")]
     found = []

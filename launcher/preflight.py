@@ -23,7 +23,17 @@ from launcher.plan import Plan
 
 GIB = 2**30
 _RUNS = ("single", "ddp")
-_PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "bitsandbytes", "deepspeed")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "bitsandbytes",
+    "deepspeed",
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ def require(findings: list[Finding]) -> None:
 
 def environment(cluster: Cluster) -> dict[str, Any]:
     """Versions and devices of this machine, for environment.json. No environment variable is part of it."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
@@ -82,15 +92,25 @@ def environment(cluster: Cluster) -> dict[str, Any]:
 def _strategy(plan: Plan) -> Iterator[Finding]:
     if plan.strategy not in _RUNS:
         yield Finding(
-            "error", f"strategy.type: {plan.strategy}", f"this version plans it but runs {' and '.join(_RUNS)} only", "set strategy.type=ddp"
+            "error",
+            f"strategy.type: {plan.strategy}",
+            f"this version plans it but runs {' and '.join(_RUNS)} only",
+            "set strategy.type=ddp",
         )
     if plan.backend == "deepspeed":
-        yield Finding("error", "launch.backend: deepspeed", "this version starts ranks by torchrun or python", "set launch.backend=torchrun")
+        yield Finding(
+            "error",
+            "launch.backend: deepspeed",
+            "this version starts ranks by torchrun or python",
+            "set launch.backend=torchrun",
+        )
     if plan.shape.remote_code and not plan.recipe.model.trust_remote_code:
         yield Finding(
-            "error", f"model.path: {plan.shape.name}", "its code is not part of transformers and comes with the weights",
+            "error",
+            f"model.path: {plan.shape.name}",
+            "its code is not part of transformers and comes with the weights",
             "if you trust that code: model.trust_remote_code=true",
-        )  # fmt: skip
+        )
 
 
 def _devices(plan: Plan, found: Cluster) -> Iterator[Finding]:
@@ -99,19 +119,27 @@ def _devices(plan: Plan, found: Cluster) -> Iterator[Finding]:
         yield Finding("ok", planned, f"{plan.num_processes} ranks on {len(os.sched_getaffinity(0))} cores")
         return
     if found.kind == "cpu":
-        yield Finding("error", planned, "this machine has no GPU that nvidia-smi shows", "run on what is here: hardware=auto")
+        yield Finding(
+            "error", planned, "this machine has no GPU that nvidia-smi shows", "run on what is here: hardware=auto"
+        )
         return
     if found.num_devices < plan.cluster.num_devices:
         to_type = f"use what is here: hardware=auto, or add --nproc {found.num_devices}"
-        yield Finding("error", planned, f"{plan.cluster.num_devices} devices planned, {found.num_devices} here", to_type)
+        yield Finding(
+            "error", planned, f"{plan.cluster.num_devices} devices planned, {found.num_devices} here", to_type
+        )
         return
     for wanted, here in zip(plan.cluster.devices, found.devices, strict=False):
         free = here.memory_bytes - here.reserved_bytes
         if free < plan.memory.total_bytes:
             text = f"{here.name} has {free / GIB:.1f} GiB free, {plan.memory.total_bytes / GIB:.1f} GiB are planned"
-            yield Finding("error", planned, text, "end what uses the card (nvidia-smi shows it), or plan for it: hardware=auto")
+            yield Finding(
+                "error", planned, text, "end what uses the card (nvidia-smi shows it), or plan for it: hardware=auto"
+            )
         elif wanted.name != here.name:
-            yield Finding("warning", planned, f"{here.name} is here instead of {wanted.name}", "plan for it: hardware=auto")
+            yield Finding(
+                "warning", planned, f"{here.name} is here instead of {wanted.name}", "plan for it: hardware=auto"
+            )
 
 
 def _data(plan: Plan) -> Iterator[Finding]:
@@ -120,7 +148,12 @@ def _data(plan: Plan) -> Iterator[Finding]:
     for key, paths in named:
         for path in [paths] if isinstance(paths, str) else paths:
             if not os.path.exists(path):
-                yield Finding("error", f"{key}: {path}", "there is no such file or folder", f"give the path of your data: {key}=FILE")
+                yield Finding(
+                    "error",
+                    f"{key}: {path}",
+                    "there is no such file or folder",
+                    f"give the path of your data: {key}=FILE",
+                )
             elif not os.access(path, os.R_OK):
                 yield Finding("error", f"{key}: {path}", "may not be read by you", f"chmod +r {path}")
             else:
@@ -134,7 +167,12 @@ def _model(plan: Plan) -> Iterator[Finding]:
     elif cached_snapshot(model.path, model.revision) is not None:
         yield Finding("ok", f"model.path: {model.path}", "is in the hub cache")
     elif os.environ.get("HF_HUB_OFFLINE") == "1":
-        yield Finding("error", f"model.path: {model.path}", "is not here and HF_HUB_OFFLINE=1 forbids fetching it", "give a folder: model.path=DIR")
+        yield Finding(
+            "error",
+            f"model.path: {model.path}",
+            "is not here and HF_HUB_OFFLINE=1 forbids fetching it",
+            "give a folder: model.path=DIR",
+        )
     else:
         yield Finding("ok", f"model.path: {model.path}", "will be fetched from the hub by prepare")
 
@@ -145,7 +183,12 @@ def _packages(plan: Plan) -> Iterator[Finding]:
     needs_deepspeed = plan.strategy.startswith("zero") or plan.backend == "deepspeed"
     for needed, package in ((needs_bitsandbytes, "bitsandbytes"), (needs_deepspeed, "deepspeed")):
         if needed and importlib.util.find_spec(package) is None:
-            yield Finding("error", f"package {package}", "this recipe needs it and it is not installed", f"pip install 'launch-trainer[{package}]'")
+            yield Finding(
+                "error",
+                f"package {package}",
+                "this recipe needs it and it is not installed",
+                f"pip install 'launch-trainer[{package}]'",
+            )
 
 
 def _disk(plan: Plan, run_dir: Path) -> Iterator[Finding]:
@@ -156,12 +199,22 @@ def _disk(plan: Plan, run_dir: Path) -> Iterator[Finding]:
     while not folder.exists():
         folder = folder.parent
     if not os.access(folder, os.W_OK | os.X_OK) or not folder.is_dir():
-        yield Finding("error", f"run directory {run_dir}", "cannot be written", "name another one: launch.run_dir=/path/with/space")
+        yield Finding(
+            "error",
+            f"run directory {run_dir}",
+            "cannot be written",
+            "name another one: launch.run_dir=/path/with/space",
+        )
         return
     free = shutil.disk_usage(folder).free
     found = f"{free / GIB:.1f} GiB free, {needed / GIB:.1f} GiB for {plan.recipe.checkpoint.keep} + 1 checkpoints"
     if free < needed:
-        yield Finding("error", f"run directory {run_dir}", found, "keep fewer (checkpoint.keep=1), or name another disk: launch.run_dir=DIR")
+        yield Finding(
+            "error",
+            f"run directory {run_dir}",
+            found,
+            "keep fewer (checkpoint.keep=1), or name another disk: launch.run_dir=DIR",
+        )
     else:
         yield Finding("ok", f"run directory {run_dir}", found)
 
@@ -175,6 +228,11 @@ def _port(plan: Plan) -> Iterator[Finding]:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            yield Finding("error", f"launch.port: {port}", f"cannot be used: {error.strerror}", "take a free one: launch.port=null")
+            yield Finding(
+                "error",
+                f"launch.port: {port}",
+                f"cannot be used: {error.strerror}",
+                "take a free one: launch.port=null",
+            )
         else:
             yield Finding("ok", f"launch.port: {port}", "is free")

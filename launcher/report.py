@@ -18,7 +18,9 @@ from launcher.rundir import RunDir, read_events, read_json, write_json
 
 # What the other ranks say when one has gone: true of them, but not the cause.
 _ECHO_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError")
-_ECHO_TEXT = re.compile(r"Connection (closed|reset|refused)|Broken pipe|Socket Timeout|gloo/transport|NCCL|Timed out waiting|store->get")
+_ECHO_TEXT = re.compile(
+    r"Connection (closed|reset|refused)|Broken pipe|Socket Timeout|gloo/transport|NCCL|Timed out waiting|store->get"
+)
 _SIGNALS = {
     signal.SIGKILL: "killed (SIGKILL): by somebody, or by the kernel because host memory was full",
     signal.SIGSEGV: "crashed (SIGSEGV): a fault in native code",
@@ -61,8 +63,12 @@ def first_failure(run: RunDir, plan: Plan, node_exit_code: int) -> Failure:
     """Who failed first. Call it for a run whose node command ended with a code other than 0."""
     errors = {int(path.stem): read_json(path) for path in run.errors.glob("[0-9]*.json")}
     errors = {rank: error for rank, error in errors.items() if error}
-    ended = {int(rank): ended for rank, ended in ((read_json(run.errors / "node.json") or {}).get("ranks") or {}).items()}
-    killed = {r: end for r, end in ended.items() if end["exit_code"] < 0 and -end["exit_code"] in _SIGNALS and r not in errors}
+    ended = {
+        int(rank): ended for rank, ended in ((read_json(run.errors / "node.json") or {}).get("ranks") or {}).items()
+    }
+    killed = {
+        r: end for r, end in ended.items() if end["exit_code"] < 0 and -end["exit_code"] in _SIGNALS and r not in errors
+    }
     if not ended and node_exit_code < 0 and not errors and read_json(run.heartbeat(0)):
         killed = {0: {"exit_code": node_exit_code}}  # a single process without torchrun above it
     causes = {rank: error for rank, error in errors.items() if not _is_echo(error)}
@@ -93,13 +99,27 @@ def _last_beat(run: RunDir, rank: int) -> dict[str, Any]:
 def _raised(run: RunDir, rank: int, error: dict[str, Any], echoes: tuple[int, ...]) -> Failure:
     kind = error["type"].rpartition(".")[2]
     message = (error["message"].strip().splitlines() or [""])[0]
-    parts = {key: error[key] for key in ("you_set", "found", "to_type") if key in error}
-    cause = f"{parts['you_set']}: {parts['found']}" if parts else f"{error['type'] if kind == 'OutOfMemoryError' else kind}: {message}"
+    parts: dict[str, str] = {key: error[key] for key in ("you_set", "found", "to_type") if key in error}
+    cause = (
+        f"{parts['you_set']}: {parts['found']}"
+        if parts
+        else f"{error['type'] if kind == 'OutOfMemoryError' else kind}: {message}"
+    )
     return Failure(
-        rank=rank, host=error["host"], device=error["device"], step=error["step"], phase=error["phase"], time=error["time"], cause=cause,
-        where=_where(error["traceback"]), traceback=error["traceback"], exit_code=error["exit_code"],
-        log=str(run.rank_log(error["host"], rank)), parts=parts, echoes=echoes,
-    )  # fmt: skip
+        rank=rank,
+        host=error["host"],
+        device=error["device"],
+        step=error["step"],
+        phase=error["phase"],
+        time=error["time"],
+        cause=cause,
+        where=_where(error["traceback"]),
+        traceback=error["traceback"],
+        exit_code=error["exit_code"],
+        log=str(run.rank_log(error["host"], rank)),
+        parts=parts,
+        echoes=echoes,
+    )
 
 
 def _killed(run: RunDir, plan: Plan, rank: int, number: int, echoes: tuple[int, ...]) -> Failure:
@@ -107,10 +127,20 @@ def _killed(run: RunDir, plan: Plan, rank: int, number: int, echoes: tuple[int, 
     host = beat.get("host", plan.cluster.nodes[0].host)
     devices = plan.cluster.devices
     return Failure(
-        rank=rank, host=host, device=devices[min(rank, len(devices) - 1)].name, step=beat.get("step", 0), phase=beat.get("phase", "start"),
-        time=beat.get("time", 0.0), cause=_SIGNALS[signal.Signals(number)], where="", traceback="", exit_code=128 + number,
-        log=str(run.rank_log(host, rank)), parts={}, echoes=echoes,
-    )  # fmt: skip
+        rank=rank,
+        host=host,
+        device=devices[min(rank, len(devices) - 1)].name,
+        step=beat.get("step", 0),
+        phase=beat.get("phase", "start"),
+        time=beat.get("time", 0.0),
+        cause=_SIGNALS[signal.Signals(number)],
+        where="",
+        traceback="",
+        exit_code=128 + number,
+        log=str(run.rank_log(host, rank)),
+        parts={},
+        echoes=echoes,
+    )
 
 
 def _never_started(run: RunDir, plan: Plan, exit_code: int) -> Failure:
@@ -118,9 +148,20 @@ def _never_started(run: RunDir, plan: Plan, exit_code: int) -> Failure:
     log = run.node_log(host)
     lines = [line for line in last_lines(log) if "Error" in line or "error" in line]
     return Failure(
-        rank=None, host=host, device="", step=0, phase="start", time=0.0, cause=lines[-1].strip() if lines else f"{plan.backend} ended with {exit_code}",
-        where="", traceback="", exit_code=exit_code if exit_code > 0 else 128 - exit_code, log=str(log), parts={}, echoes=(),
-    )  # fmt: skip
+        rank=None,
+        host=host,
+        device="",
+        step=0,
+        phase="start",
+        time=0.0,
+        cause=lines[-1].strip() if lines else f"{plan.backend} ended with {exit_code}",
+        where="",
+        traceback="",
+        exit_code=exit_code if exit_code > 0 else 128 - exit_code,
+        log=str(log),
+        parts={},
+        echoes=(),
+    )
 
 
 def _where(traceback: str) -> str:

@@ -1,12 +1,12 @@
 """The name of every file in a run directory, and the two ways files are written there: whole and renamed, or appended.
 
-    recipe.yaml        the resolved recipe           plan.json        what the workers read
-    prepared.json      what prepare left for them    environment.json versions and devices
-    commands.txt       every command line started    logs/            <host>-rank<k>.log, <host>-node.log
-    events.jsonl       what happened, a line each    errors/          <rank>.json of a rank that failed
-    heartbeat/         <rank>.json, pid and phase    tensorboard/     one writer
-    checkpoints/       step-N/ with manifest.json    report.json      the end of the story
-    export/            merged weights                run.lock         held while a launcher works here
+recipe.yaml        the resolved recipe           plan.json        what the workers read
+prepared.json      what prepare left for them    environment.json versions and devices
+commands.txt       every command line started    logs/            <host>-rank<k>.log, <host>-node.log
+events.jsonl       what happened, a line each    errors/          <rank>.json of a rank that failed
+heartbeat/         <rank>.json, pid and phase    tensorboard/     one writer
+checkpoints/       step-N/ with manifest.json    report.json      the end of the story
+export/            merged weights                run.lock         held while a launcher works here
 """
 
 from __future__ import annotations
@@ -107,7 +107,9 @@ class RunDir:
             probe.unlink()
         except OSError as error:
             raise PreflightError(
-                f"run directory {self.path}", f"cannot be written: {error.strerror}", "name another one: launch.run_dir=/path/with/space"
+                f"run directory {self.path}",
+                f"cannot be written: {error.strerror}",
+                "name another one: launch.run_dir=/path/with/space",
             ) from None
 
     @contextlib.contextmanager
@@ -124,7 +126,9 @@ class RunDir:
                 lock.seek(0)
                 owner = lock.read().strip() or "another launcher"
                 raise PreflightError(
-                    f"run directory {self.path}", f"is in use by {owner}", "wait for it, or name another one: launch.run_dir=DIR"
+                    f"run directory {self.path}",
+                    f"is in use by {owner}",
+                    "wait for it, or name another one: launch.run_dir=DIR",
                 ) from None
             lock.truncate(0)
             lock.write(f"process {os.getpid()}")

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from launcher.manifest import Verdict
-from launcher.plan import Plan
+from launcher.plan import Plan, steps_per_epoch, total_steps
 from launcher.preflight import Finding
 from launcher.report import Failure, last_lines
 from launcher.supervise import Outcome
@@ -27,8 +27,7 @@ _LABEL = 12
 
 def console(stderr: bool = False) -> Console:
     """The console to print on; obeys NO_COLOR, and wraps nothing that goes to a file or a pipe."""
-    made = Console(stderr=stderr, highlight=False, soft_wrap=True)
-    return made
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
 
 
 def line(screen: Console, label: str, text: str) -> None:
@@ -54,11 +53,17 @@ def summary(plan: Plan) -> str:
     targets = plan.targets if isinstance(plan.targets, str) else ",".join(plan.targets)
     how = "full" if adapter.type == "full" else f"{adapter.type} r={adapter.r} on {targets}"
     names = list(dict.fromkeys(device.name for device in plan.cluster.devices))
-    devices = f"{plan.cluster.num_devices} × {names[0]}" if len(names) == 1 else " + ".join(device.name for device in plan.cluster.devices)
+    devices = (
+        f"{plan.cluster.num_devices} × {names[0]}"
+        if len(names) == 1
+        else " + ".join(device.name for device in plan.cluster.devices)
+    )
     transport = f" over {'nccl' if plan.kind == 'cuda' else 'gloo'}" if plan.num_processes > 1 else ""
     base = f"{plan.shape.name} {count(plan.shape.num_parameters)}, {plan.dtype}"
     stored = "" if plan.recipe.model.quantization == "none" else f" ({plan.recipe.model.quantization} base)"
-    return f"{base}{stored} · {how} ({count(plan.trainable_parameters)} trained) · {devices}, {plan.strategy}{transport}"
+    return (
+        f"{base}{stored} · {how} ({count(plan.trainable_parameters)} trained) · {devices}, {plan.strategy}{transport}"
+    )
 
 
 def batch(plan: Plan) -> str:
@@ -77,7 +82,11 @@ def show_plan(screen: Console, plan: Plan) -> None:
     line(screen, "step", batch(plan))
     data = plan.recipe.data
     paths = data.path if isinstance(data.path, str) else ", ".join(data.path)
-    line(screen, "data", f"{_shown(paths)} ({data.format}), at most {data.max_length:,} tokens, {data.overlong}, {plan.batching}")
+    line(
+        screen,
+        "data",
+        f"{_shown(paths)} ({data.format}), at most {data.max_length:,} tokens, {data.overlong}, {plan.batching}",
+    )
     train = plan.recipe.train
     length = f"{train.max_steps:,} steps" if train.max_steps else f"{train.epochs:g} epochs"
     line(screen, "train", f"{length}, lr {train.lr:g} {train.schedule}, {train.optimizer}, seed {train.seed}")
@@ -113,7 +122,9 @@ def show_resume(screen: Console, chosen: Verdict | None, skipped: list[Verdict],
         return
     manifest = chosen.manifest
     size = f"{len(manifest.files)} files, {manifest.size_bytes / 2**20:,.0f} MiB"
-    line(screen, label, f"{chosen.folder.name}: complete, verified ({size}) ← continues here: epoch {manifest.epoch:.2f}")
+    line(
+        screen, label, f"{chosen.folder.name}: complete, verified ({size}) ← continues here: epoch {manifest.epoch:.2f}"
+    )
 
 
 class RunScreen:
@@ -144,16 +155,26 @@ class RunScreen:
             self.screen.print(f"{'':<{_LABEL}} tokenizing {event['done']:,} of {event['total']:,} rows", end="\r")
 
     def _prepared(self, event: dict[str, Any]) -> None:
-        made = [f"{what} ✓ {'cached' if what in event['cached'] else 'made'}" for what in ("tokenizer", "model", "data") if self._has(what, event)]
+        made = [
+            f"{what} ✓ {'cached' if what in event['cached'] else 'made'}"
+            for what in ("tokenizer", "model", "data")
+            if self._has(what, event)
+        ]
         report = event["report"]
         share = report["supervised_tokens"] / max(1, report["tokens"])
         text = (
             f"{'   '.join(made)}   {report['train_rows']:,} rows + {report['eval_rows']:,} for evaluation, {report['tokens']:,} tokens "
             f"({share:.0%} supervised), {report['length_p50']} a row, at most {report['length_max']}"
         )
-        cut = [f"{report[key]:,} {word}" for key, word in (("rows_truncated", "cut"), ("rows_dropped", "dropped"), ("rows_bad", "bad")) if report[key]]
+        cut = [
+            f"{report[key]:,} {word}"
+            for key, word in (("rows_truncated", "cut"), ("rows_dropped", "dropped"), ("rows_bad", "bad"))
+            if report[key]
+        ]
         where = f" ({', '.join(cut)} at {self.plan.recipe.data.max_length} tokens)" if cut else ""
         line(self.screen, "prepare", f"{text}{where}   {event['seconds']:.1f} s")
+        steps = total_steps(self.plan, report["train_rows"])
+        line(self.screen, "", f"{steps_per_epoch(self.plan, report['train_rows']):,} steps an epoch, {steps:,} in all")
 
     def _has(self, what: str, event: dict[str, Any]) -> bool:
         return what == "data" or what in event["cached"] or self.plan.recipe.model.config is not None
@@ -165,7 +186,12 @@ class RunScreen:
     def _train(self, event: dict[str, Any]) -> None:
         self.max_steps = event["max_steps"]
         if self.screen.is_terminal:
-            columns = (TextColumn(f"[bold]{'train':<{_LABEL}}[/bold]"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+            columns = (
+                TextColumn(f"[bold]{'train':<{_LABEL}}[/bold]"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
             self.progress = Progress(*columns, console=self.screen)
             self.task = self.progress.add_task("", total=event["max_steps"], completed=event["step"], text="")
             self.progress.start()
@@ -211,7 +237,11 @@ def show_done(screen: Console, plan: Plan, outcome: Outcome, run: Path) -> None:
     screen.print()
     line(screen, "  watch", f"tensorboard --logdir {shown}/tensorboard")
     line(screen, "  chat", f"launch chat {shown}")
-    longer = f"train.max_steps={plan.recipe.train.max_steps * 2}" if plan.recipe.train.max_steps else f"train.epochs={epochs * 2:g}"
+    longer = (
+        f"train.max_steps={plan.recipe.train.max_steps * 2}"
+        if plan.recipe.train.max_steps
+        else f"train.epochs={epochs * 2:g}"
+    )
     line(screen, "  go on", f"launch resume {shown} {longer}")
     line(screen, "  take away", f"launch export {shown}")
 
@@ -221,7 +251,11 @@ def show_failure(screen: Console, failure: Failure, run: Path, newest: str | Non
     if failure.rank is None:
         line(screen, "failed", f"the ranks did not start on {failure.host}")
     else:
-        at = f"at step {failure.step}" if failure.phase in ("train", "evaluate", "save") else f"while it was at: {failure.phase}"
+        at = (
+            f"at step {failure.step}"
+            if failure.phase in ("train", "evaluate", "save")
+            else f"while it was at: {failure.phase}"
+        )
         line(screen, "failed", f"rank {failure.rank} ({failure.host}, {failure.device}) {at}")
     line(screen, "  cause", failure.cause)
     if failure.parts:

@@ -22,8 +22,8 @@ from ruamel.yaml import YAML
 
 from launcher.command import NodeCommand, node_commands, prepare_command
 from launcher.errors import InterruptedRunError, PreflightError
-from launcher.manifest import Verdict
-from launcher.plan import Plan, identity
+from launcher.manifest import Verdict, verify
+from launcher.plan import Plan, identity, total_steps
 from launcher.preflight import environment
 from launcher.report import Failure, Numbers, first_failure, last_lines, numbers, write_report
 from launcher.rundir import RunDir, append_event, read_events, read_json, write_atomic, write_json
@@ -43,7 +43,9 @@ def write_run(plan: Plan, run: RunDir, resuming: bool) -> None:
     if run.plan.exists() and not resuming:
         shown = _shown(run.path)
         raise PreflightError(
-            f"run directory {shown}", "holds a run already", f"go on with it: launch resume {shown}, or name another one: launch.run_dir=DIR"
+            f"run directory {shown}",
+            "holds a run already",
+            f"go on with it: launch resume {shown}, or name another one: launch.run_dir=DIR",
         )
     text = io.StringIO()
     YAML(typ="safe", pure=True).dump(plan.recipe.model_dump(mode="json", by_alias=True), text)
@@ -64,10 +66,14 @@ def continue_from(plan: Plan, chosen: Verdict | None) -> Plan:
     if chosen is None or chosen.manifest is None:
         return plan
     before, now = chosen.manifest.identity, identity(plan)
-    changed = [f"{key} was {before[key]!r}, now {now[key]!r}" for key in now if key in before and before[key] != now[key]]
+    changed = [
+        f"{key} was {before[key]!r}, now {now[key]!r}" for key in now if key in before and before[key] != now[key]
+    ]
     if changed:
         raise PreflightError(
-            f"resume from {chosen.folder.name}", "; ".join(changed), "leave these as they were, or start a new run: launch RECIPE"
+            f"resume from {chosen.folder.name}",
+            "; ".join(changed),
+            "leave these as they were, or start a new run: launch RECIPE",
         )
     return plan.model_copy(update={"resume_from": f"checkpoints/{chosen.folder.name}"})
 
@@ -132,7 +138,9 @@ class Supervisor:
                 self._report(InterruptedRunError.exit_code, None)
                 raise
         failure = None if code == 0 else first_failure(self.run, self.plan, code)
-        return Outcome(failure.exit_code if failure else 0, self._report(failure.exit_code if failure else 0, failure), failure)
+        return Outcome(
+            failure.exit_code if failure else 0, self._report(failure.exit_code if failure else 0, failure), failure
+        )
 
     def prepare_only(self) -> None:
         """Fill the cache for this plan; raises what `carry_out` raises."""
@@ -179,7 +187,36 @@ class Supervisor:
         if code:
             lines_of_log = "\n".join(f"    {line}" for line in last_lines(log, 6))
             raise PreflightError("prepare", f"ended with {code}; its last words:\n{lines_of_log}", f"see {log}")
+        self._check_resume()
         self.tell({"event": "prepared", **(read_json(self.run.prepared) or {}), "seconds": self.seconds["prepare"]})
+
+    def _check_resume(self) -> None:
+        """Whether the checkpoint to go on from fits the rows that were prepared, and has anything left to do.
+
+        Raises:
+            PreflightError: other rows than before, or no step left.
+        """
+        if self.plan.resume_from is None:
+            return
+        prepared = read_json(self.run.prepared)
+        before = verify(self.run.path / self.plan.resume_from).manifest
+        if before is None:
+            return
+        if before.rows_key != prepared["rows_key"]:
+            raise PreflightError(
+                f"resume from {self.plan.resume_from}",
+                "the training rows are others than before (data, evaluation split or seed)",
+                "put the data back as it was, or start a new run: launch RECIPE",
+            )
+        steps = total_steps(self.plan, prepared["report"]["train_rows"])
+        if before.step >= steps:
+            train = self.plan.recipe.train
+            longer = f"train.max_steps={2 * steps}" if train.max_steps else f"train.epochs={2 * train.epochs:g}"
+            raise PreflightError(
+                f"resume from {self.plan.resume_from}",
+                f"all {steps} steps are done",
+                f"train longer: launch resume {_shown(self.run.path)} {longer}",
+            )
 
     def _train(self, stop: StopRequest) -> int:
         """Start the ranks and follow them; the exit code of the node's command."""
@@ -219,7 +256,9 @@ class Supervisor:
         name = signal.Signals(stop.signal).name
         self.tell({"event": "stopping", "signal": name})
         end(process, self._recorded())
-        raise InterruptedRunError(name, "every process of this run has ended", f"go on later with: launch resume {_shown(self.run.path)}")
+        raise InterruptedRunError(
+            name, "every process of this run has ended", f"go on later with: launch resume {_shown(self.run.path)}"
+        )
 
     def _recorded(self) -> list[dict[str, Any]]:
         """pid and start time of every rank that has shown a sign of life."""
@@ -230,7 +269,12 @@ class Supervisor:
 def _start(command: NodeCommand, **streams: Any) -> subprocess.Popen[bytes]:
     # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which then ends the others in order.
     return subprocess.Popen(
-        command.argv, env={**os.environ, **command.env}, cwd=command.cwd, stdin=subprocess.DEVNULL, start_new_session=True, **streams
+        command.argv,
+        env={**os.environ, **command.env},
+        cwd=command.cwd,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        **streams,
     )
 
 

@@ -40,7 +40,7 @@ __all__ = [
 
 
 class ModelShape(BaseModel):
-    """What a plan needs to know of a model. Sizes count elements, `stored_bytes` the files' bytes (0: no file was read).
+    """What a plan needs to know of a model. Sizes count elements, `stored_bytes` a file's bytes (0: none was read).
 
     `linears`: linear layers of one layer, named from the layer on -> (in_features, out_features). `modules`: every
     module of one layer that has parameters of its own -> their number. `outer`: the same beside the layers, by full

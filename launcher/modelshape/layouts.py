@@ -1,4 +1,4 @@
-"""In: a transformers config and its family. Out: `Layout`, the parameters of the model by module, without a weight file.
+"""In: a transformers config and its family. Out: `Layout`, the parameters of the model by module, from no weight file.
 
 One function a layout, read off the classes of transformers 5.23 and the remote code of the older families; a test
 builds the native ones on the meta device and compares them to the tensor.
@@ -87,7 +87,7 @@ def dims_of(config: Mapping[str, Any], family: Family) -> Dims:
         num_heads=num_heads,
         num_kv_heads=kv_default if multi_query else get(*kv_names, default=kv_default),
         head_dim=get("head_dim", "kv_channels", default=hidden_size // num_heads),
-        vocab_size=get("padded_vocab_size", "vocab_size"),
+        vocab_size=get("vocab_size", "padded_vocab_size"),
         tied=bool(config.get("tie_word_embeddings", family.defaults.get("tie_word_embeddings", False))),
     )
 

@@ -51,7 +51,9 @@ class Document:
         key, equals, text = override.partition("=")
         parts = key.strip().split(".")
         if not equals or not all(parts):
-            raise UsageError(override, "is neither a flag nor an override", "write it as section.key=value, e.g. train.lr=2e-4")
+            raise UsageError(
+                override, "is neither a flag nor an override", "write it as section.key=value, e.g. train.lr=2e-4"
+            )
         scratch = _compose(text, f"override {override}")
         target = self.values
         for part in parts[:-1]:
@@ -80,7 +82,9 @@ def read_document(path: Path) -> Document:
     value = document.values.pop("", None)
     if not isinstance(value, dict):
         found = "is empty" if value is None else f"holds a {type(value).__name__}"
-        raise RecipeError([Problem("", f"{found}; a recipe is a mapping with the sections model, data, …", f"{name}:1:1")])
+        raise RecipeError(
+            [Problem("", f"{found}; a recipe is a mapping with the sections model, data, …", f"{name}:1:1")]
+        )
     document.values = value
     return document
 
@@ -107,7 +111,7 @@ def _value(node: Node, key: str, document: Document) -> Any:
     if isinstance(node, SequenceNode):
         return [_value(item, f"{key}.{index}", document) for index, item in enumerate(node.value)]
     assert isinstance(node, ScalarNode)
-    convert = _SCALARS.get(node.tag, str)
+    convert = _SCALARS.get(str(node.tag), str)
     try:
         return convert(node.value)
     except ValueError:

@@ -10,5 +10,8 @@ from launcher.recipe.schema import Recipe
 
 def schema_text() -> str:
     """The schema as it stands in recipes/schema.json."""
-    value: dict[str, Any] = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema(by_alias=True)}
+    value: dict[str, Any] = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Recipe.model_json_schema(by_alias=True),
+    }
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"

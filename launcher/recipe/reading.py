@@ -198,7 +198,12 @@ def _message(key: str, details: list[Any]) -> str:
         return f"is missing. {_describe(key)}"
     expected = list(dict.fromkeys(_expectation(detail) for detail in details))
     message = f"expected {' or '.join(expected)}, found {first['input']!r}."
-    choices = [c.strip(" '") for d in details if d["type"] == "literal_error" for c in d["ctx"]["expected"].replace(" or ", ",").split(",")]
+    choices = [
+        c.strip(" '")
+        for d in details
+        if d["type"] == "literal_error"
+        for c in d["ctx"]["expected"].replace(" or ", ",").split(",")
+    ]
     close = difflib.get_close_matches(str(first["input"]).lower(), choices, n=1)
     return f"{message} Did you mean {close[0]}?" if close else f"{message} {_describe(key)}"
 

@@ -53,9 +53,14 @@ def _adapter(recipe: Recipe) -> Iterator[Problem]:
     if adapter.type == "full" and adapter.modules_to_save:
         yield Problem("adapter.modules_to_save", "full trains every module already. Remove it")
     if adapter.init_r is not None and adapter.type != "adalora":
-        yield Problem("adapter.init_r", f"only adalora has it; {adapter.type} keeps its rank. Remove it, or set adapter.r")
+        yield Problem(
+            "adapter.init_r", f"only adalora has it; {adapter.type} keeps its rank. Remove it, or set adapter.r"
+        )
     if adapter.init_r is not None and adapter.type == "adalora" and adapter.init_r < adapter.r:
-        yield Problem("adapter.init_r", f"{adapter.init_r} is below adapter.r={adapter.r}: ranks only fall. Set adapter.init_r={adapter.r * 3 // 2}")
+        yield Problem(
+            "adapter.init_r",
+            f"{adapter.init_r} is below adapter.r={adapter.r}: ranks only fall. Set adapter.init_r={adapter.r * 3 // 2}",
+        )
     if adapter.targets == ():
         yield Problem("adapter.targets", "is an empty list. Write auto, all-linear or names of modules")
 
@@ -63,28 +68,48 @@ def _adapter(recipe: Recipe) -> Iterator[Problem]:
 def _strategy(recipe: Recipe) -> Iterator[Problem]:
     strategy, launch = recipe.strategy, recipe.launch
     if strategy.offload != "none" and not strategy.type.startswith("zero"):
-        yield Problem("strategy.offload", f"{strategy.type} has no offload. Set strategy.type=zero2 or zero3, or offload=none")
+        yield Problem(
+            "strategy.offload", f"{strategy.type} has no offload. Set strategy.type=zero2 or zero3, or offload=none"
+        )
     if strategy.offload == "parameters" and strategy.type in ("zero1", "zero2"):
-        yield Problem("strategy.offload", f"{strategy.type} does not shard parameters. Set strategy.type=zero3, or offload=optimizer")
+        yield Problem(
+            "strategy.offload",
+            f"{strategy.type} does not shard parameters. Set strategy.type=zero3, or offload=optimizer",
+        )
     if strategy.type == "device_map" and strategy.device_map is None:
         yield Problem("strategy.device_map", "is missing. Name one, e.g. strategy.device_map=2gpu-mixed")
     if strategy.type not in ("device_map", "auto") and strategy.device_map is not None:
         yield Problem(
-            "strategy.type", f"{strategy.type} starts a process per device, a device map spreads one model over all. Set strategy.type=device_map"
+            "strategy.type",
+            f"{strategy.type} starts a process per device, a device map spreads one model over all. Set strategy.type=device_map",
         )
     if launch.backend == "deepspeed" and strategy.type not in ("auto", "zero1", "zero2", "zero3"):
-        yield Problem("launch.backend", f"deepspeed is for zero1, zero2 and zero3, not {strategy.type}. Set launch.backend=torchrun")
+        yield Problem(
+            "launch.backend",
+            f"deepspeed is for zero1, zero2 and zero3, not {strategy.type}. Set launch.backend=torchrun",
+        )
     if launch.backend == "python" and strategy.type in ("ddp", *SHARDED):
-        yield Problem("launch.backend", f"python starts one process, {strategy.type} needs one per device. Set launch.backend=torchrun")
+        yield Problem(
+            "launch.backend",
+            f"python starts one process, {strategy.type} needs one per device. Set launch.backend=torchrun",
+        )
 
 
 def _run(recipe: Recipe) -> Iterator[Problem]:
     if recipe.checkpoint.resume == "auto" and recipe.launch.run_dir is None:
-        yield Problem("checkpoint.resume", "auto needs a run directory that stays the same. Set launch.run_dir, or use: launch resume RUN")
+        yield Problem(
+            "checkpoint.resume",
+            "auto needs a run directory that stays the same. Set launch.run_dir, or use: launch resume RUN",
+        )
     if recipe.checkpoint.async_:
-        yield Problem("checkpoint.async", "this version writes checkpoints in the foreground. Set checkpoint.async=false")
+        yield Problem(
+            "checkpoint.async", "this version writes checkpoints in the foreground. Set checkpoint.async=false"
+        )
     if recipe.launch.max_restarts:
-        yield Problem("launch.max_restarts", "this version does not restart by itself. Set launch.max_restarts=0 and use: launch resume RUN")
+        yield Problem(
+            "launch.max_restarts",
+            "this version does not restart by itself. Set launch.max_restarts=0 and use: launch resume RUN",
+        )
 
 
 _RULES: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (_model, _data, _adapter, _strategy, _run)

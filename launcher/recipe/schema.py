@@ -26,13 +26,17 @@ class Section(BaseModel):
 class Model(Section):
     """Which model is trained, and in which precision."""
 
-    path: str | None = Field(None, description="A hub id (`THUDM/chatglm2-6b`) or a folder that holds config.json and weights.")
+    path: str | None = Field(
+        None, description="A hub id (`THUDM/chatglm2-6b`) or a folder that holds config.json and weights."
+    )
     config: dict[str, Any] | None = Field(
-        None, description="Instead of a path: a transformers config (with `model_type`), for a model from random weights."
+        None,
+        description="Instead of a path: a transformers config (with `model_type`), for a model from random weights.",
     )
     revision: str | None = Field(None, description="The branch, tag or commit of a hub id; null is its main branch.")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="Precision of the computation; auto is bf16 where the card has it, fp16 on older cards, fp32 on a CPU."
+        "auto",
+        description="Precision of the computation; auto is bf16 where the card has it, fp16 on older cards, fp32 on a CPU.",
     )
     quantization: Literal["none", "int8", "nf4"] = Field(
         "none", description="How the frozen base is stored under an adapter: as it is, in 8 bits, or in 4 bits (QLoRA)."
@@ -62,7 +66,9 @@ class Fields(Section):
     response: str = Field("response", description="prompt_response: the column with the answer.")
     messages: str = Field("messages", description="messages: the column with the list of {role, content}.")
     text: str = Field("text", description="text: the column with the text, all of which is learned.")
-    system: str = Field("system", description="alpaca, prompt_response: the column with a system prompt; may be missing.")
+    system: str = Field(
+        "system", description="alpaca, prompt_response: the column with a system prompt; may be missing."
+    )
 
 
 DataFormat = Literal["alpaca", "context_target", "prompt_response", "messages", "text"]
@@ -71,7 +77,9 @@ DataFormat = Literal["alpaca", "context_target", "prompt_response", "messages", 
 class Data(Section):
     """What is learned from, and how rows become token sequences."""
 
-    path: str | Names = Field(description="JSON, JSONL, Parquet or text file, a folder of such files, or a list of them.")
+    path: str | Names = Field(
+        description="JSON, JSONL, Parquet or text file, a folder of such files, or a list of them."
+    )
     format: DataFormat = Field("alpaca", description="What a row looks like.")
     fields: Fields = Field(Fields(), description="Names of the columns, where they differ from the format's own.")
     template: str = Field(
@@ -79,14 +87,20 @@ class Data(Section):
         description="How a row becomes a prompt: auto (the tokenizer's chat template, else the family's), `chat`, or the name of a "
         "template of families.yaml.",
     )
-    system: str | None = Field(None, description="A system prompt put before every conversation that has none of its own.")
-    max_length: Annotated[int, Field(ge=8)] = Field(1024, description="The longest sequence in tokens, prompt and answer together.")
+    system: str | None = Field(
+        None, description="A system prompt put before every conversation that has none of its own."
+    )
+    max_length: Annotated[int, Field(ge=8)] = Field(
+        1024, description="The longest sequence in tokens, prompt and answer together."
+    )
     overlong: Literal["truncate", "drop"] = Field(
-        "truncate", description="What happens to a longer row: cut (the answer's end first, never the template), or left out."
+        "truncate",
+        description="What happens to a longer row: cut (the answer's end first, never the template), or left out.",
     )
     max_rows: PositiveInt | None = Field(None, description="Use only the first so many rows.")
     bad_rows: Literal["error", "skip"] = Field(
-        "error", description="What happens when a row cannot be read: stop with its file and line, or leave it out and report it."
+        "error",
+        description="What happens when a row cannot be read: stop with its file and line, or leave it out and report it.",
     )
     eval: Eval | None = Field(None, description="The rows for evaluation; null evaluates nothing.")
     batching: Literal["auto", "padded", "bucketed", "packed"] = Field(
@@ -102,22 +116,32 @@ class Adapter(Section):
     type: Literal["lora", "rslora", "dora", "adalora", "full"] = Field(
         "lora", description="An adapter over the frozen model, or `full` for all of its weights."
     )
-    r: PositiveInt = Field(8, description="Rank of the adapter; under adalora the average rank that remains at the end.")
-    alpha: Annotated[float, Field(gt=0)] = Field(16, description="Scale of the adapter: its output counts alpha / r times.")
+    r: PositiveInt = Field(
+        8, description="Rank of the adapter; under adalora the average rank that remains at the end."
+    )
+    alpha: Annotated[float, Field(gt=0)] = Field(
+        16, description="Scale of the adapter: its output counts alpha / r times."
+    )
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Dropout on the adapter's input.")
     targets: Auto | Literal["all-linear"] | Names = Field(
-        "auto", description="Modules that get an adapter: auto (by family), all-linear (without the head), or a list of names."
+        "auto",
+        description="Modules that get an adapter: auto (by family), all-linear (without the head), or a list of names.",
     )
-    modules_to_save: Names = Field((), description="Modules trained in full beside the adapter, such as embed_tokens and lm_head.")
+    modules_to_save: Names = Field(
+        (), description="Modules trained in full beside the adapter, such as embed_tokens and lm_head."
+    )
     init_r: PositiveInt | None = Field(None, description="adalora: the rank every module starts with; null is 1.5 × r.")
-    orth_reg_weight: Annotated[float, Field(ge=0.0)] = Field(0.5, description="adalora: weight of the orthogonality term in the loss.")
+    orth_reg_weight: Annotated[float, Field(ge=0.0)] = Field(
+        0.5, description="adalora: weight of the orthogonality term in the loss."
+    )
 
 
 class Strategy(Section):
     """How the work is spread over the devices."""
 
     type: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp", "device_map"] = Field(
-        "auto", description="One device, a copy on each, sharded by DeepSpeed or FSDP2, or layers spread over the devices."
+        "auto",
+        description="One device, a copy on each, sharded by DeepSpeed or FSDP2, or layers spread over the devices.",
     )
     offload: Literal["none", "optimizer", "parameters"] = Field(
         "none", description="ZeRO: what is kept in host memory instead of on the device."
@@ -132,7 +156,9 @@ class EarlyStopping(Section):
     """When to stop before the end."""
 
     patience: PositiveInt = Field(3, description="Stop after so many evaluations in a row without a better loss.")
-    min_delta: Annotated[float, Field(ge=0.0)] = Field(0.0, description="By how much the evaluation loss has to fall to count as better.")
+    min_delta: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="By how much the evaluation loss has to fall to count as better."
+    )
 
 
 class Train(Section):
@@ -141,33 +167,54 @@ class Train(Section):
     epochs: Annotated[float, Field(gt=0)] = Field(1, description="How often every row is seen.")
     max_steps: PositiveInt | None = Field(None, description="Stop after so many optimizer steps, whatever epochs says.")
     lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="The highest learning rate.")
-    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="How the learning rate falls after the warmup.")
-    warmup: Annotated[float, Field(ge=0)] = Field(0.03, description="Warmup: a share of all steps below 1, a number of steps from 1 on.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="How the learning rate falls after the warmup."
+    )
+    warmup: Annotated[float, Field(ge=0)] = Field(
+        0.03, description="Warmup: a share of all steps below 1, a number of steps from 1 on."
+    )
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
         "adamw", description="The optimizer; the 8-bit ones come from bitsandbytes."
     )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight decay of AdamW, not applied to biases and norms.")
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="Gradients are scaled down to this norm; null leaves them.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Weight decay of AdamW, not applied to biases and norms."
+    )
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="Gradients are scaled down to this norm; null leaves them."
+    )
     micro_batch: PositiveInt | Auto = Field("auto", description="Rows that one device works on at once.")
     global_batch: PositiveInt = Field(
-        32, description="Rows in one optimizer step over all devices; accumulation is derived from it, so it survives other hardware."
+        32,
+        description="Rows in one optimizer step over all devices; accumulation is derived from it, so it survives other hardware.",
     )
     gradient_checkpointing: bool | Auto = Field(
         "auto", description="Keep only each layer's input and compute the rest again in the backward pass."
     )
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(42, description="Seed of the weights, the order of rows and dropout.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        42, description="Seed of the weights, the order of rows and dropout."
+    )
     log_every_steps: PositiveInt = Field(10, description="Write metrics every so many steps.")
-    eval_every_steps: PositiveInt | Auto = Field("auto", description="Evaluate every so many steps; auto is once an epoch.")
-    early_stopping: EarlyStopping | None = Field(None, description="Stop when the evaluation loss no longer falls; null never does.")
+    eval_every_steps: PositiveInt | Auto = Field(
+        "auto", description="Evaluate every so many steps; auto is once an epoch."
+    )
+    early_stopping: EarlyStopping | None = Field(
+        None, description="Stop when the evaluation loss no longer falls; null never does."
+    )
 
 
 class Checkpoint(Section):
     """What is written while training, and whether a run continues."""
 
-    every_steps: PositiveInt | Auto = Field("auto", description="Save every so many steps; auto is once an epoch, and always at the end.")
-    keep: PositiveInt = Field(2, description="How many of the newest complete checkpoints stay; the best one stays beside them.")
+    every_steps: PositiveInt | Auto = Field(
+        "auto", description="Save every so many steps; auto is once an epoch, and always at the end."
+    )
+    keep: PositiveInt = Field(
+        2, description="How many of the newest complete checkpoints stay; the best one stays beside them."
+    )
     max_shard_size: str = Field(
-        "2GB", pattern=r"^[1-9]\d*(MB|GB)$", description="Largest safetensors file of saved weights, such as 500MB or 2GB."
+        "2GB",
+        pattern=r"^[1-9]\d*(MB|GB)$",
+        description="Largest safetensors file of saved weights, such as 500MB or 2GB.",
     )
     resume: Literal["never", "auto"] = Field(
         "never", description="auto continues from the newest valid checkpoint of launch.run_dir where there is one."
@@ -180,8 +227,12 @@ class Launch(Section):
 
     backend: Literal["torchrun", "deepspeed", "python"] = Field("torchrun", description="What starts the ranks.")
     run_dir: str | None = Field(None, description="The run directory; null is runs/<recipe>-<time>.")
-    port: Annotated[int, Field(ge=1024, le=65535)] | None = Field(None, description="The rendezvous port; null takes a free one.")
-    max_restarts: Annotated[int, Field(ge=0)] = Field(0, description="How often a failed run is started again from its newest checkpoint.")
+    port: Annotated[int, Field(ge=1024, le=65535)] | None = Field(
+        None, description="The rendezvous port; null takes a free one."
+    )
+    max_restarts: Annotated[int, Field(ge=0)] = Field(
+        0, description="How often a failed run is started again from its newest checkpoint."
+    )
 
 
 class Recipe(Section):
@@ -192,8 +243,11 @@ class Recipe(Section):
     adapter: Adapter = Field(Adapter(), description="Which weights are trained.")
     strategy: Strategy = Field(Strategy(), description="How the work is spread over the devices.")
     train: Train = Field(Train(), description="How long, how fast and in which steps the model learns.")
-    checkpoint: Checkpoint = Field(Checkpoint(), description="What is written while training, and whether a run continues.")
+    checkpoint: Checkpoint = Field(
+        Checkpoint(), description="What is written while training, and whether a run continues."
+    )
     hardware: str | Names = Field(
-        "auto", description="What the recipe is for: `8xA800-80GB`, `2xcpu`, a list of cards, or `auto` for what this machine has."
+        "auto",
+        description="What the recipe is for: `8xA800-80GB`, `2xcpu`, a list of cards, or `auto` for what this machine has.",
     )
     launch: Launch = Field(Launch(), description="How the processes are started.")

@@ -11,12 +11,11 @@ import socket
 import sys
 import time
 import traceback
-import warnings
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import PreflightError
-from launcher.plan import Plan
+from launcher.plan import Plan, total_steps
 from launcher.rundir import RunDir, append_event
 from launcher.worker.prepared import read_prepared
 from launcher.worker.pulse import Pulse, die_with_parent, log_to
@@ -45,19 +44,20 @@ def main(plan_path: str) -> int:
 
 def train(plan: Plan, run: RunDir, pulse: Pulse) -> None:
     """Build the model, train it and commit the last checkpoint."""
-    _quiet_libraries()
+    from launcher.worker.quiet import quiet_libraries
+
+    quiet_libraries()
     import torch
 
     from launcher.worker.adapters import with_adapter
     from launcher.worker.model import load_model
-    from launcher.worker.training import PlannedTrainer, check_world, total_steps
+    from launcher.worker.training import PlannedTrainer
 
     pulse.beat("connect")
     device = torch.device(plan.kind, pulse.local_rank) if plan.kind == "cuda" else torch.device("cpu")
     if plan.kind == "cuda":
         torch.cuda.set_device(device)
     _connect(plan, torch)
-    check_world(plan, device)
     pulse.beat("load")
     prepared = read_prepared(run)
     rows = _rows(prepared.data_dir)
@@ -82,7 +82,11 @@ def _connect(plan: Plan, torch: Any) -> None:
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size != plan.num_processes:
-        raise PreflightError(f"{plan.num_processes} ranks", f"this one was started as one of {world_size}", "start the run with: launch RECIPE")
+        raise PreflightError(
+            f"{plan.num_processes} ranks",
+            f"this one was started as one of {world_size}",
+            "start the run with: launch RECIPE",
+        )
     if world_size > 1:
         torch.distributed.init_process_group("nccl" if plan.kind == "cuda" else "gloo")
 
@@ -92,15 +96,6 @@ def _rows(data_dir: str) -> dict[str, Any]:
     from datasets import load_from_disk
 
     return {name: load_from_disk(f"{data_dir}/{name}") for name in ("train", "eval")}
-
-
-def _quiet_libraries() -> None:
-    """Leave out of the rank's log what says nothing about this run."""
-    import logging
-
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
 
 
 def _leave_process_group() -> None:

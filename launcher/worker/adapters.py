@@ -28,13 +28,23 @@ def with_adapter(model: Any, plan: Plan, total_steps: int) -> Any:
         model.requires_grad_(True)
         return model
     try:
-        return peft.get_peft_model(model, peft_config(plan, total_steps))
+        return _with_fp32_trained(peft.get_peft_model(model, peft_config(plan, total_steps)))
     except ValueError as error:
         if "arget modules" not in str(error):
             raise
         names = ", ".join(sorted(linear_names(model)))
         set_to = plan.targets if isinstance(plan.targets, str) else ", ".join(plan.targets)
-        raise UsageError(f"adapter.targets: {set_to}", f"match nothing in {plan.shape.name}", f"it has: {names}") from None
+        raise UsageError(
+            f"adapter.targets: {set_to}", f"match nothing in {plan.shape.name}", f"it has: {names}"
+        ) from None
+
+
+def _with_fp32_trained(model: Any) -> Any:
+    """Trained weights in fp32: PEFT does it for adapters but not for modules_to_save, and fp16 gradients cannot be unscaled."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
 
 
 def peft_config(plan: Plan, total_steps: int) -> Any:
@@ -50,15 +60,23 @@ def peft_config(plan: Plan, total_steps: int) -> Any:
         "modules_to_save": list(adapter.modules_to_save) or None,
     }
     if adapter.type != "adalora":
-        return peft.LoraConfig(r=adapter.r, use_rslora=adapter.type == "rslora", use_dora=adapter.type == "dora", **common)
+        return peft.LoraConfig(
+            r=adapter.r, use_rslora=adapter.type == "rslora", use_dora=adapter.type == "dora", **common
+        )
     # The Trainer multiplies each micro batch's loss by the number of ranks and sums over accumulation, both undone by its
     # token count; the orthogonality term is added before the first and knows nothing of the second.
     repeated = plan.num_processes * plan.accumulation
     start, end = _adalora_schedule(total_steps)
     return peft.AdaLoraConfig(
-        init_r=adapter.init_r or math.ceil(1.5 * adapter.r), target_r=adapter.r, tinit=start, tfinal=end, deltaT=max(1, total_steps // 100),
-        total_step=total_steps, orth_reg_weight=adapter.orth_reg_weight / repeated, **common,
-    )  # fmt: skip
+        init_r=adapter.init_r or math.ceil(1.5 * adapter.r),
+        target_r=adapter.r,
+        tinit=start,
+        tfinal=end,
+        deltaT=max(1, total_steps // 100),
+        total_step=total_steps,
+        orth_reg_weight=adapter.orth_reg_weight / repeated,
+        **common,
+    )
 
 
 def _adalora_schedule(total_steps: int) -> tuple[int, int]:
@@ -68,7 +86,11 @@ def _adalora_schedule(total_steps: int) -> tuple[int, int]:
         UsageError: too few steps for ranks to fall in between.
     """
     if total_steps < 3:
-        raise UsageError("adapter.type: adalora", f"needs at least 3 steps to take ranks away, there are {total_steps}", "raise train.epochs")
+        raise UsageError(
+            "adapter.type: adalora",
+            f"needs at least 3 steps to take ranks away, there are {total_steps}",
+            "raise train.epochs",
+        )
     return max(1, total_steps // 10), max(1, total_steps * 3 // 10)
 
 
@@ -110,4 +132,8 @@ def load_adalora_state(model: Any, state: dict[str, torch.Tensor]) -> None:
 
 def active_ranks(model: Any) -> dict[str, int]:
     """AdaLoRA: how many singular values of each module are still in use."""
-    return {name.partition(".lora_E")[0]: int((p.detach() != 0).sum()) for name, p in model.named_parameters() if ".lora_E." in name}
+    return {
+        name.partition(".lora_E")[0]: int((p.detach() != 0).sum())
+        for name, p in model.named_parameters()
+        if ".lora_E." in name
+    }

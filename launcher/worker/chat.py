@@ -12,11 +12,13 @@ from launcher.errors import LaunchError
 from launcher.rundir import RunDir
 from launcher.worker.data.rows import Message
 from launcher.worker.loading import Trained, load_trained
+from launcher.worker.quiet import quiet_libraries
 
 
 def main(argv: list[str]) -> int:
     """Talk until the person leaves; the exit code."""
     options = _options(argv)
+    quiet_libraries()
     try:
         trained = load_trained(RunDir(Path(options.run)), options.step, quantized=True)
     except LaunchError as error:
@@ -26,7 +28,9 @@ def main(argv: list[str]) -> int:
     if options.prompt is not None:
         answer(trained, [*history, {"role": "user", "content": options.prompt}], options)
         return 0
-    print(f"{trained.plan.name}, {trained.checkpoint.name}. An empty line or Ctrl-D ends the talk, /new forgets what was said.")
+    print(
+        f"{trained.plan.name}, {trained.checkpoint.name}. An empty line or Ctrl-D ends the talk, /new forgets what was said."
+    )
     start = len(history)
     while True:
         try:
@@ -51,16 +55,23 @@ def answer(trained: Trained, messages: list[Message], options: Any) -> str:
 
     ids = torch.tensor([trained.prompter.prompt(messages)], device=trained.model.device)
     streamer = TextIteratorStreamer(trained.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature > 0 else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": options.temperature} if options.temperature > 0 else {"do_sample": False}
+    )
     failure: list[BaseException] = []
 
     def generate() -> None:
         try:
             trained.model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer, max_new_tokens=options.max_new_tokens,
-                eos_token_id=list(trained.prepared.eos_token_ids), pad_token_id=trained.prepared.pad_token_id, **sampling,
-            )  # fmt: skip
-        except BaseException as error:
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                streamer=streamer,
+                max_new_tokens=options.max_new_tokens,
+                eos_token_id=list(trained.prepared.eos_token_ids),
+                pad_token_id=trained.prepared.pad_token_id,
+                **sampling,
+            )
+        except Exception as error:  # noqa: BLE001 - handed to the thread that waits, which raises it
             failure.append(error)
             streamer.end()  # otherwise the loop below waits for ever
 

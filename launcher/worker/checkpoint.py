@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,25 @@ from launcher.rundir import RunDir, write_atomic
 State = dict[str, Any]
 
 
-def save_checkpoint(
-    run: RunDir, plan: Plan, step: int, epoch: float, eval_loss: float | None, write: Callable[[Path], None]
-) -> Path:
+@dataclass(frozen=True)
+class Position:
+    """Where in training a checkpoint is taken; `eval_loss` is the newest one, None before the first."""
+
+    step: int
+    epoch: float
+    rows_key: str
+    eval_loss: float | None
+
+
+def save_checkpoint(run: RunDir, plan: Plan, at: Position, write: Callable[[Path], None]) -> Path:
     """Commit checkpoints/step-N. Called by every rank; `write` puts this rank's files into the folder it is given.
 
     Raises:
         OSError: a file could not be written; the staging folder is removed and nothing older is touched.
     """
     rank, num_ranks = _rank(), _num_ranks()
-    target = run.checkpoints / f"step-{step}"
-    staging = run.checkpoints / f".staging-step-{step}"
+    target = run.checkpoints / f"step-{at.step}"
+    staging = run.checkpoints / f".staging-step-{at.step}"
     if rank == 0:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -54,13 +63,26 @@ def save_checkpoint(
     if errors:
         if rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
-        raise OSError(f"checkpoint step-{step} was not saved: {errors[0]}")
+        raise OSError(f"checkpoint step-{at.step} was not saved: {errors[0]}")
     if rank == 0:
-        _commit(staging, target, Manifest(
-            step=step, epoch=epoch, identity=identity(plan), eval_loss=eval_loss,
-            world={"num_processes": num_ranks, "strategy": plan.strategy, "micro_batch": plan.micro_batch, "accumulation": plan.accumulation},
-            files={},
-        ))  # fmt: skip
+        _commit(
+            staging,
+            target,
+            Manifest(
+                step=at.step,
+                epoch=at.epoch,
+                rows_key=at.rows_key,
+                identity=identity(plan),
+                eval_loss=at.eval_loss,
+                world={
+                    "num_processes": num_ranks,
+                    "strategy": plan.strategy,
+                    "micro_batch": plan.micro_batch,
+                    "accumulation": plan.accumulation,
+                },
+                files={},
+            ),
+        )
         _rotate(run, plan)
     _barrier()
     return target
@@ -75,7 +97,9 @@ def _commit(staging: Path, target: Path, manifest: Manifest) -> None:
             path.chmod(0o666 & ~umask)  # safetensors writes 0600, which locks colleagues out of a shared folder
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    files = {str(path.relative_to(staging)): describe_file(path) for path in sorted(staging.rglob("*")) if path.is_file()}
+    files = {
+        str(path.relative_to(staging)): describe_file(path) for path in sorted(staging.rglob("*")) if path.is_file()
+    }
     write_atomic(staging / FILE_NAME, manifest.model_copy(update={"files": files}).model_dump_json(indent=1) + "\n")
     sync_folder(staging)
     if target.exists():

@@ -19,6 +19,7 @@ import torch
 from launcher.errors import LaunchError, PreflightError
 from launcher.rundir import RunDir
 from launcher.worker.loading import Trained, load_trained
+from launcher.worker.quiet import quiet_libraries
 
 # Largest difference of a logit, as a share of the largest logit: what rounding does when two matrices are added before the product.
 _TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
@@ -28,6 +29,7 @@ _PROBE = "The quick brown fox jumps over the lazy dog. 今天天气很好。"
 def main(argv: list[str]) -> int:
     """Export, or with --verify compare; the exit code."""
     options = _options(argv)
+    quiet_libraries()
     if options.verify:
         return verify(Path(options.run), Path(options.verify))
     try:
@@ -62,10 +64,14 @@ def export(run: RunDir, options: Any) -> None:
             probe.unlink()
         staging.rename(out)
     except OSError as error:
-        raise PreflightError(f"export folder {out}", f"cannot be written: {error.strerror}", "name another one: --out DIR") from None
+        raise PreflightError(
+            f"export folder {out}", f"cannot be written: {error.strerror}", "name another one: --out DIR"
+        ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    print(f"verified     loads in a fresh process and gives the same logits\ndone         {out}  {num_bytes / 2**20:,.1f} MiB")
+    print(
+        f"verified     loads in a fresh process and gives the same logits\ndone         {out}  {num_bytes / 2**20:,.1f} MiB"
+    )
 
 
 def _write(trained: Trained, folder: Path, max_shard_size: str) -> int:
@@ -86,10 +92,16 @@ def _verify_in_fresh_process(folder: Path, probe: Path, trained: Trained) -> Non
     command = [sys.executable, "-m", "launcher.worker.export", str(folder), "--verify", str(probe)]
     if trained.plan.recipe.model.trust_remote_code:
         command.append("--trust-remote-code")
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
+    )
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise PreflightError("export", f"the folder does not load or compute as it should: {lines[-1] if lines else ''}", "report this, please")
+        raise PreflightError(
+            "export",
+            f"the folder does not load or compute as it should: {lines[-1] if lines else ''}",
+            "report this, please",
+        )
 
 
 def verify(folder: Path, probe: Path) -> int:
@@ -97,13 +109,18 @@ def verify(folder: Path, probe: Path) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     kept = torch.load(probe, weights_only=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, trust_remote_code="--trust-remote-code" in sys.argv)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", local_files_only=True, trust_remote_code="--trust-remote-code" in sys.argv
+    )
     AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code="--trust-remote-code" in sys.argv)
     found = _logits(model.eval(), kept["ids"])["logits"]
     name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[model.dtype]
     difference = float((found - kept["logits"]).abs().max() / kept["logits"].abs().max())
     if difference > _TOLERANCE[name]:
-        print(f"logits differ by {difference:.1e} of the largest, allowed in {name}: {_TOLERANCE[name]:.0e}", file=sys.stderr)
+        print(
+            f"logits differ by {difference:.1e} of the largest, allowed in {name}: {_TOLERANCE[name]:.0e}",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

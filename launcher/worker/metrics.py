@@ -43,7 +43,13 @@ class Counters:
     def read(self) -> list[float]:
         """[real tokens, supervised tokens, slots with padding, seconds, peak memory in bytes] since the last reading."""
         seconds = time.perf_counter() - self.since
-        values = [float(self.real), float(self.supervised), float(self.slots), seconds, float(peak_memory_bytes(self.device))]
+        values = [
+            float(self.real),
+            float(self.supervised),
+            float(self.slots),
+            seconds,
+            float(peak_memory_bytes(self.device)),
+        ]
         self.reset()
         return values
 
@@ -70,11 +76,16 @@ class Metrics(TrainerCallback):
         self.counters.reset()
         if self.rank == 0:
             # What a resumed run logs again replaces what the interrupted one logged after its checkpoint.
-            self.writer = SummaryWriter(str(self.run.tensorboard), purge_step=state.global_step + 1 if state.global_step else None)
+            self.writer = SummaryWriter(
+                str(self.run.tensorboard), purge_step=state.global_step + 1 if state.global_step else None
+            )
             if state.global_step == 0:
                 self.writer.add_text("recipe", _code(self.run.recipe.read_text(encoding="utf-8")))
                 self.writer.add_text("plan", _code(self.run.plan.read_text(encoding="utf-8")))
-            append_event(self.run, {"event": "train", "time": time.time(), "step": state.global_step, "max_steps": state.max_steps})
+            append_event(
+                self.run,
+                {"event": "train", "time": time.time(), "step": state.global_step, "max_steps": state.max_steps},
+            )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if not logs or "loss" not in logs:
@@ -100,18 +111,32 @@ class Metrics(TrainerCallback):
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
         peak = max(row[4] for row in ranks)
-        event = {"event": "log", "time": time.time(), "step": step, "epoch": state.epoch, "loss": logs["loss"], "lr": logs["learning_rate"],
-                 "grad_norm": logs.get("grad_norm"), "tokens_per_second": round(real / seconds, 1),
-                 "padding_share": round(values["speed/padding_share"], 4), "memory_bytes": peak}  # fmt: skip
+        event = {
+            "event": "log",
+            "time": time.time(),
+            "step": step,
+            "epoch": state.epoch,
+            "loss": logs["loss"],
+            "lr": logs["learning_rate"],
+            "grad_norm": logs.get("grad_norm"),
+            "tokens_per_second": round(real / seconds, 1),
+            "padding_share": round(values["speed/padding_share"], 4),
+            "memory_bytes": peak,
+        }
         append_event(self.run, event)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any) -> None:
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
+    ) -> None:
         # The time of an evaluation is no training time.
         self.counters.since = time.perf_counter()
         if self.writer is not None and metrics:
             self.writer.add_scalar("eval/loss", metrics["eval_loss"], state.global_step)
             self.writer.flush()
-            append_event(self.run, {"event": "eval", "time": time.time(), "step": state.global_step, "loss": metrics["eval_loss"]})
+            append_event(
+                self.run,
+                {"event": "eval", "time": time.time(), "step": state.global_step, "loss": metrics["eval_loss"]},
+            )
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.counters.since = time.perf_counter()
@@ -136,11 +161,22 @@ class Metrics(TrainerCallback):
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         evals = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
         settings = {
-            "lr": recipe.train.lr, "global_batch": recipe.train.global_batch, "epochs": recipe.train.epochs, "seed": recipe.train.seed,
-            "adapter": recipe.adapter.type, "r": recipe.adapter.r, "alpha": recipe.adapter.alpha, "dropout": recipe.adapter.dropout,
-            "dtype": self.plan.dtype, "strategy": self.plan.strategy, "num_processes": self.plan.num_processes,
-        }  # fmt: skip
-        results = {"hparam/loss": losses[-1] if losses else float("nan"), "hparam/eval_loss": evals[-1] if evals else float("nan")}
+            "lr": recipe.train.lr,
+            "global_batch": recipe.train.global_batch,
+            "epochs": recipe.train.epochs,
+            "seed": recipe.train.seed,
+            "adapter": recipe.adapter.type,
+            "r": recipe.adapter.r,
+            "alpha": recipe.adapter.alpha,
+            "dropout": recipe.adapter.dropout,
+            "dtype": self.plan.dtype,
+            "strategy": self.plan.strategy,
+            "num_processes": self.plan.num_processes,
+        }
+        results = {
+            "hparam/loss": losses[-1] if losses else float("nan"),
+            "hparam/eval_loss": evals[-1] if evals else float("nan"),
+        }
         assert self.writer is not None
         self.writer.add_hparams(settings, results, run_name=".")
 

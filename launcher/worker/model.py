@@ -26,14 +26,23 @@ def load_model(plan: Plan, model_dir: str | Path, device: torch.device, quantize
 
     quantization = plan.recipe.model.quantization if quantized else "none"
     dtype = DTYPES[plan.weights_dtype]
-    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "trust_remote_code": plan.recipe.model.trust_remote_code}
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "local_files_only": True,
+        "trust_remote_code": plan.recipe.model.trust_remote_code,
+    }
     if quantization != "none":
-        options |= {"quantization_config": _bitsandbytes(quantization, DTYPES[plan.dtype]), "device_map": {"": str(device)}}
+        options |= {
+            "quantization_config": _bitsandbytes(quantization, DTYPES[plan.dtype]),
+            "device_map": {"": str(device)},
+        }
     try:
         model, left = AutoModelForCausalLM.from_pretrained(model_dir, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise PreflightError(
-            f"model {plan.shape.name}", f"cannot be loaded: {str(error).splitlines()[0]}", f"check the files in {model_dir}"
+            f"model {plan.shape.name}",
+            f"cannot be loaded: {str(error).splitlines()[0]}",
+            f"check the files in {model_dir}",
         ) from error
     missing = sorted(left["missing_keys"])
     if missing:
@@ -50,5 +59,8 @@ def _bitsandbytes(quantization: str, compute_dtype: torch.dtype) -> Any:
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute_dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
     )

@@ -30,7 +30,15 @@ from launcher.worker.pulse import die_with_parent
 
 # Part of every key: raise it when the same input no longer gives the same folder.
 _FORMAT = 1
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "*.model", "vocab*", "merges.txt", "chat_template*", "added_tokens.json")
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "*.model",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+    "added_tokens.json",
+)
 _WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 _OTHER_PATTERNS = ("*.json", "*.model", "*.txt", "*.py", "*.jinja", "*.tiktoken", "tokenizer*")
 
@@ -48,7 +56,13 @@ def main(plan_path: str) -> int:
     except OSError as error:
         traceback.print_exc()
         what = f"{cache_folder()}: {error.strerror}"
-        _say(event="error", you_set="prepare", found=what, to_type="make room there, or set LAUNCH_CACHE to another folder", exit_code=4)
+        _say(
+            event="error",
+            you_set="prepare",
+            found=what,
+            to_type="make room there, or set LAUNCH_CACHE to another folder",
+            exit_code=4,
+        )
         return 4
     return 0
 
@@ -67,7 +81,12 @@ def prepare(plan: Plan) -> Prepared:
     data_hash = _hash_files([*files, *eval_files])
 
     if recipe.model.config is not None:
-        tokenizer_key = _key("tokenizer", data_hash, recipe.data.model_dump(mode="json", exclude={"path"}), recipe.model.config.get("vocab_size"))
+        tokenizer_key = _key(
+            "tokenizer",
+            data_hash,
+            recipe.data.model_dump(mode="json", exclude={"path"}),
+            recipe.model.config.get("vocab_size"),
+        )
         tokenizer_dir = _made("tokenizer", tokenizer_key, cached, lambda into: _train_tokenizer(plan, into))
         model_key = _key("model", recipe.model.config, recipe.train.seed, tokenizer_key)
         model_dir = _made("model", model_key, cached, lambda into: _random_model(plan, tokenizer_dir, into))
@@ -81,10 +100,25 @@ def prepare(plan: Plan) -> Prepared:
     data_dir = _made("data", data_key, cached, lambda into: _tokenize(plan, tokenizer_dir, into))
     left = read_json(data_dir / "report.json")
     return Prepared(
-        model_dir=str(model_dir), tokenizer_dir=str(tokenizer_dir), data_dir=str(data_dir), data_key=data_key, cached=tuple(cached),
-        template=left["template"], pad_token_id=left["pad_token_id"], eos_token_ids=left["eos_token_ids"],
+        model_dir=str(model_dir),
+        tokenizer_dir=str(tokenizer_dir),
+        data_dir=str(data_dir),
+        rows_key=_rows_key(plan, data_hash),
+        cached=tuple(cached),
+        template=left["template"],
+        pad_token_id=left["pad_token_id"],
+        eos_token_ids=left["eos_token_ids"],
         report=DataReport.model_validate(left["report"]),
-    )  # fmt: skip
+    )
+
+
+def _rows_key(plan: Plan, data_hash: str) -> str:
+    """Hash of the training rows; how long they are is part of it only where longer ones are dropped."""
+    data = plan.recipe.data
+    chosen = data.model_dump(mode="json", include={"format", "fields", "max_rows", "bad_rows", "eval"})
+    if data.eval is not None and data.eval.path is not None:
+        chosen["eval"] = "a file of its own"
+    return _key("rows", data_hash, chosen, plan.recipe.train.seed, data.max_length if data.overlong == "drop" else None)
 
 
 def cache_folder() -> Path:
@@ -128,22 +162,35 @@ def _existing_model(plan: Plan) -> Path:
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
     _say(event="prepare", what="download", state=f"fetching {name}")
     revision = plan.recipe.model.revision
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_WEIGHT_PATTERNS, *_OTHER_PATTERNS]))
         if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.bin", "*.bin.index.json", *_OTHER_PATTERNS]))
+            folder = Path(
+                snapshot_download(
+                    name, revision=revision, allow_patterns=["*.bin", "*.bin.index.json", *_OTHER_PATTERNS]
+                )
+            )
     except RepositoryNotFoundError:
         raise PreflightError(
-            f"model.path: {name}", "is no folder here and no model on the hub that you may read", "check the name, or log in: hf auth login"
+            f"model.path: {name}",
+            "is no folder here and no model on the hub that you may read",
+            "check the name, or log in: hf auth login",
         ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0][:160]
         raise PreflightError(
-            f"model.path: {name}", f"is no folder here, and the hub cannot be reached: {reason}", "give the folder of a copy: model.path=/path/to/model"
+            f"model.path: {name}",
+            f"is no folder here, and the hub cannot be reached: {reason}",
+            "give the folder of a copy: model.path=/path/to/model",
         ) from None
     return folder
 
@@ -159,7 +206,11 @@ def _conversations(plan: Plan) -> tuple[list[list[Message]], list[list[Message]]
         return rows, eval_rows, bad + eval_bad
     num = evaluation.rows or max(1, round(len(rows) * (evaluation.fraction or 0)))
     if num >= len(rows):
-        raise DataError(f"data.eval: {num} rows", f"there are only {len(rows)} rows in all", f"keep fewer: data.eval.rows={max(1, len(rows) // 10)}")
+        raise DataError(
+            f"data.eval: {num} rows",
+            f"there are only {len(rows)} rows in all",
+            f"keep fewer: data.eval.rows={max(1, len(rows) // 10)}",
+        )
     kept = set(random.Random(plan.recipe.train.seed).sample(range(len(rows)), num))
     return [row for place, row in enumerate(rows) if place not in kept], [rows[place] for place in sorted(kept)], bad
 
@@ -178,12 +229,23 @@ def _train_tokenizer(plan: Plan, into: Path) -> None:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(alphabet) + len(special):
         raise PreflightError(
-            f"model.config.vocab_size: {vocab_size}", "a byte-level tokenizer needs 259 entries", "set model.config.vocab_size=2048"
+            f"model.config.vocab_size: {vocab_size}",
+            "a byte-level tokenizer needs 259 entries",
+            "set model.config.vocab_size=2048",
         )
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator((text for row in [*rows, *eval_rows] for message in row for text in message.values()), trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(
+        (text for row in [*rows, *eval_rows] for message in row for text in message.values()), trainer
+    )
     tokenizer.save(str(into / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "<pad>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+    }
     write_json(into / "tokenizer_config.json", {**config, "clean_up_tokenization_spaces": False})
 
 
@@ -201,7 +263,9 @@ def _random_model(plan: Plan, tokenizer_dir: Path, into: Path) -> None:
         torch.manual_seed(plan.recipe.train.seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise PreflightError("model.config", f"transformers builds no model from it: {error}", "mend the config in the recipe") from None
+        raise PreflightError(
+            "model.config", f"transformers builds no model from it: {error}", "mend the config in the recipe"
+        ) from None
     model.save_pretrained(into)
     for file in tokenizer_dir.iterdir():
         shutil.copyfile(file, into / file.name)
@@ -213,18 +277,28 @@ def _tokenize(plan: Plan, tokenizer_dir: Path, into: Path) -> None:
     from transformers import AutoTokenizer
 
     from launcher.worker.data.tokens import Prompter, Tokens
+    from launcher.worker.quiet import quiet_libraries
 
+    quiet_libraries()
     disable_progress_bars()
     data = plan.recipe.data
     rows, eval_rows, bad = _conversations(plan)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=plan.recipe.model.trust_remote_code, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer_dir, trust_remote_code=plan.recipe.model.trust_remote_code, local_files_only=True
+        )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise PreflightError(
-            f"model {plan.shape.name}", f"its tokenizer cannot be loaded: {str(error).splitlines()[0]}", f"check the tokenizer files in {tokenizer_dir}"
+            f"model {plan.shape.name}",
+            f"its tokenizer cannot be loaded: {str(error).splitlines()[0]}",
+            f"check the tokenizer files in {tokenizer_dir}",
         ) from None
     if tokenizer.eos_token_id is None:
-        raise PreflightError(f"model {plan.shape.name}", "its tokenizer has no eos token, so answers would never end", "add one to its tokenizer_config.json")
+        raise PreflightError(
+            f"model {plan.shape.name}",
+            "its tokenizer has no eos token, so answers would never end",
+            "add one to its tokenizer_config.json",
+        )
     template = _template(plan, tokenizer)
     prompter = Prompter(tokenizer, template)
     total, done = len(rows) + len(eval_rows), 0
@@ -246,7 +320,9 @@ def _tokenize(plan: Plan, tokenizer_dir: Path, into: Path) -> None:
     train, evaluation = encode(rows), encode(eval_rows)
     if not any(label != -100 for tokens in train for label in tokens.labels):
         raise DataError(
-            f"data.max_length: {data.max_length}", f"no answer is left of {len(rows):,} rows", "allow longer rows: data.max_length=1024"
+            f"data.max_length: {data.max_length}",
+            f"no answer is left of {len(rows):,} rows",
+            "allow longer rows: data.max_length=1024",
         )
     for name, part in (("train", train), ("eval", evaluation)):
         columns = {
@@ -257,12 +333,19 @@ def _tokenize(plan: Plan, tokenizer_dir: Path, into: Path) -> None:
         Dataset.from_dict(columns).save_to_disk(str(into / name))
     lengths = sorted(len(tokens.input_ids) for tokens in train)
     report = DataReport(
-        rows_read=total + len(bad), rows_bad=len(bad), rows_dropped=counts["dropped"], rows_truncated=counts["truncated"],
-        train_rows=len(train), eval_rows=len(evaluation),
-        tokens=sum(lengths), supervised_tokens=sum(label != -100 for tokens in train for label in tokens.labels),
-        length_mean=round(sum(lengths) / len(lengths), 1), length_p50=lengths[len(lengths) // 2],
-        length_p90=lengths[int(len(lengths) * 0.9)], length_max=lengths[-1],
-    )  # fmt: skip
+        rows_read=total + len(bad),
+        rows_bad=len(bad),
+        rows_dropped=counts["dropped"],
+        rows_truncated=counts["truncated"],
+        train_rows=len(train),
+        eval_rows=len(evaluation),
+        tokens=sum(lengths),
+        supervised_tokens=sum(label != -100 for tokens in train for label in tokens.labels),
+        length_mean=round(sum(lengths) / len(lengths), 1),
+        length_p50=lengths[len(lengths) // 2],
+        length_p90=lengths[int(len(lengths) * 0.9)],
+        length_max=lengths[-1],
+    )
     left: dict[str, Any] = {
         "template": template,
         "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
@@ -281,7 +364,9 @@ def _template(plan: Plan, tokenizer: Any) -> str:
     if asked == "auto":
         return "chat" if tokenizer.chat_template else family(plan.shape.family).template
     if asked == "chat" and not tokenizer.chat_template:
-        raise PreflightError("data.template: chat", f"the tokenizer of {plan.shape.name} has no chat template", "set data.template=auto")
+        raise PreflightError(
+            "data.template: chat", f"the tokenizer of {plan.shape.name} has no chat template", "set data.template=auto"
+        )
     return asked
 
 

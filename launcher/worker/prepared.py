@@ -40,7 +40,7 @@ class Prepared(BaseModel):
     Args:
         model_dir, tokenizer_dir, data_dir: local folders; no rank looks anywhere else.
         template: `chat` or a name of families.yaml, never `auto`.
-        data_key: hash of rows, tokenizer, template and lengths; a checkpoint is continued only on the same one.
+        rows_key: hash of which rows are trained on, in which order; a checkpoint is continued only on the same one.
         cached: which of them were there already.
     """
 
@@ -52,7 +52,7 @@ class Prepared(BaseModel):
     template: str
     pad_token_id: int
     eos_token_ids: tuple[int, ...]
-    data_key: str
+    rows_key: str
     report: DataReport
     cached: tuple[str, ...] = ()
 

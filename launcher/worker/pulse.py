@@ -38,7 +38,12 @@ class Pulse:
         self.phase = "start"
         self.step = 0
         self._last = 0.0
-        self._identity = {"pid": os.getpid(), "started": process_start(os.getpid()), "host": socket.gethostname(), "rank": self.rank}
+        self._identity = {
+            "pid": os.getpid(),
+            "started": process_start(os.getpid()),
+            "host": socket.gethostname(),
+            "rank": self.rank,
+        }
 
     def beat(self, phase: str | None = None, step: int | None = None) -> None:
         """Say that this rank lives. A new phase is written at once, steps at most twice a second."""
@@ -57,15 +62,27 @@ class Pulse:
     def failed(self, error: BaseException, device: str) -> int:
         """Write errors/<rank>.json; the exit code of this rank."""
         exit_code = error.exit_code if isinstance(error, LaunchError) else 1
-        parts = {"you_set": error.you_set, "found": error.found, "to_type": error.to_type} if isinstance(error, LaunchError) else {}
+        parts = (
+            {"you_set": error.you_set, "found": error.found, "to_type": error.to_type}
+            if isinstance(error, LaunchError)
+            else {}
+        )
         write_json(
             self.run.error(self.rank),
             {
-                **self._identity, "local_rank": self.local_rank, "device": device, "time": time.time(), "phase": self.phase, "step": self.step,
-                "type": f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins."), "message": str(error),
-                "traceback": "".join(traceback.format_exception(error)), "exit_code": exit_code, **parts,
+                **self._identity,
+                "local_rank": self.local_rank,
+                "device": device,
+                "time": time.time(),
+                "phase": self.phase,
+                "step": self.step,
+                "type": f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins."),
+                "message": str(error),
+                "traceback": "".join(traceback.format_exception(error)),
+                "exit_code": exit_code,
+                **parts,
             },
-        )  # fmt: skip
+        )
         return exit_code
 
 

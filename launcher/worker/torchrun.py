@@ -22,7 +22,8 @@ def main(argv: list[str]) -> int:
         torchrun(argv)
     except ChildFailedError as error:
         failures = {
-            rank: {"pid": failure.pid, "exit_code": failure.exitcode, "time": failure.timestamp} for rank, failure in error.failures.items()
+            rank: {"pid": failure.pid, "exit_code": failure.exitcode, "time": failure.timestamp}
+            for rank, failure in error.failures.items()
         }
         first_rank, first = error.get_first_failure()
         errors = RunDir(Path(argv[-1]).resolve().parent).errors

@@ -6,6 +6,7 @@ the loop, accumulation, token-normalised loss, clipping, mixed precision, DDP, i
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +14,21 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from launcher.errors import LaunchError, PreflightError
-from launcher.plan import Plan
+from launcher.plan import Plan, steps_per_epoch, total_steps
 from launcher.rundir import RunDir
 from launcher.worker import adapters, checkpoint
 from launcher.worker.data.batches import Batch, StepOrder, collator
 from launcher.worker.data.tokens import IGNORED
-from launcher.worker.metrics import Metrics, gathered
+from launcher.worker.metrics import Metrics
 from launcher.worker.prepared import Prepared
 from launcher.worker.pulse import Pulse
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 _ADALORA_FILE = "adalora.safetensors"
-
-
-def total_steps(plan: Plan, num_rows: int) -> int:
-    """Optimizer steps of the whole run."""
-    train = plan.recipe.train
-    steps_per_epoch = -(-num_rows // plan.global_batch)
-    return train.max_steps or max(1, round(steps_per_epoch * train.epochs))
 
 
 def training_arguments(plan: Plan, run: RunDir, num_rows: int) -> TrainingArguments:
@@ -87,8 +82,14 @@ class PlannedTrainer(Trainer):
         arguments = training_arguments(plan, run, len(self.train_rows))
         super().__init__(model=parts["model"], args=arguments, train_dataset=self.train_rows, data_collator=collate)
         self.metrics = Metrics(run, plan, prepared, self.args.device)
-        steps_per_epoch = -(-len(self.train_rows) // plan.global_batch)
-        for callback in (Flow(plan, steps_per_epoch, bool(len(self.eval_rows))), GradientCheck(plan), self.metrics, Beat(pulse)):
+        check_world(plan, self, pulse.rank)
+        per_epoch = steps_per_epoch(plan, len(self.train_rows))
+        for callback in (
+            Flow(plan, per_epoch, bool(len(self.eval_rows))),
+            FirstStepCheck(self),
+            self.metrics,
+            Beat(pulse),
+        ):
             self.add_callback(callback)
         if plan.recipe.adapter.type == "adalora":
             self.add_callback(adapters.AdaLoraRanks())
@@ -96,14 +97,18 @@ class PlannedTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> StepOrder:
         lengths = self.train_rows["length"][:]
-        return StepOrder(lengths, self.plan.global_batch, self.plan.recipe.train.seed, bucketed=self.plan.batching == "bucketed")
+        return StepOrder(
+            lengths, self.plan.global_batch, self.plan.recipe.train.seed, bucketed=self.plan.batching == "bucketed"
+        )
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         self.metrics.counters.add(inputs)
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Mean loss in nats per supervised token over all evaluation rows, the same on any number of ranks."""
         self.pulse.beat("evaluate")
         rows = self.eval_rows
@@ -131,8 +136,10 @@ class PlannedTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.pulse.beat("save")
         evals = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]
-        step, epoch = self.state.global_step, float(self.state.epoch or 0)
-        checkpoint.save_checkpoint(self.run, self.plan, step, epoch, evals[-1] if evals else None, self._write_files)
+        at = checkpoint.Position(
+            self.state.global_step, float(self.state.epoch or 0), self.prepared.rows_key, evals[-1] if evals else None
+        )
+        checkpoint.save_checkpoint(self.run, self.plan, at, self._write_files)
         self.pulse.beat("train")
 
     def _write_files(self, folder: Path) -> None:
@@ -146,6 +153,19 @@ class PlannedTrainer(Trainer):
             if self.plan.recipe.adapter.type == "adalora":
                 save_file(adapters.adalora_state(self.model), folder / _ADALORA_FILE)
 
+    def _load_rng_state(self, checkpoint_dir: str | None) -> None:
+        """Random states of this rank; on another number of ranks there are none for it, and dropout draws others than before."""
+        if checkpoint_dir is None:
+            return
+        name = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
+        if (Path(checkpoint_dir) / name).is_file():
+            super()._load_rng_state(checkpoint_dir)
+        else:
+            print(
+                f"{checkpoint_dir} was written by another number of ranks: dropout draws other random numbers from here on"
+            )
+            torch.manual_seed(self.args.seed + self.state.global_step)
+
     def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
         if checkpoint_dir is not None:
             checkpoint.read_optimizer(Path(checkpoint_dir), self.optimizer, self.lr_scheduler, self.model)
@@ -156,15 +176,14 @@ class PlannedTrainer(Trainer):
 class Flow(TrainerCallback):
     """Decides at every step whether to log, evaluate, save and stop; the same on every rank, from the step alone."""
 
-    def __init__(self, plan: Plan, steps_per_epoch: int, has_eval: bool) -> None:
+    def __init__(self, plan: Plan, per_epoch: int, has_eval: bool) -> None:
         train = plan.recipe.train
         self.log_every = train.log_every_steps
-        self.eval_every = train.eval_every_steps if train.eval_every_steps != "auto" else steps_per_epoch
+        self.eval_every = train.eval_every_steps if train.eval_every_steps != "auto" else per_epoch
         every = plan.recipe.checkpoint.every_steps
-        self.save_every = every if every != "auto" else steps_per_epoch
+        self.save_every = every if every != "auto" else per_epoch
         self.has_eval = has_eval
         self.early_stopping = train.early_stopping
-        self.steps_per_epoch = steps_per_epoch
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         step, last = state.global_step, state.global_step >= state.max_steps
@@ -174,7 +193,9 @@ class Flow(TrainerCallback):
         control.should_log = control.should_save or step == 1 or step % self.log_every == 0
         control.should_training_stop = last
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any) -> None:
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
+    ) -> None:
         losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
         if self.early_stopping is None or state.global_step == 0:
             return
@@ -196,33 +217,44 @@ def rounds_without_gain(losses: list[float], min_delta: float) -> int:
 
 
 class NoGradientError(LaunchError):
-    """Weights that should be trained got no gradient."""
+    """Training does not move, or moves to where no number is."""
 
 
-class GradientCheck(TrainerCallback):
-    """Stops the run at its first step when a trainable tensor had no gradient, or when the loss is no number."""
+class FirstStepCheck(TrainerCallback):
+    """Stops a run whose first step shows that it does not do what was planned, and any run whose loss is no number."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, trainer: PlannedTrainer) -> None:
+        self.trainer = trainer
         self.done = False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if self.done:
             return
         self.done = True
+        if self.trainer.plan.strategy == "ddp" and not isinstance(self.trainer.model_wrapped, DistributedDataParallel):
+            raise PreflightError(
+                "strategy.type: ddp", "the ranks train copies that do not know of each other", "report this, please"
+            )
         trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         without = [name for name, parameter in trainable if parameter.grad is None]
         if without:
             found = f"{len(without)} of {len(trainable)} trainable tensors got no gradient: {', '.join(without[:8])}"
-            raise NoGradientError("adapter", found, "train other modules (adapter.targets), or set train.gradient_checkpointing=false")
+            raise NoGradientError(
+                "adapter", found, "train other modules (adapter.targets), or set train.gradient_checkpointing=false"
+            )
         if not any(bool(parameter.grad.count_nonzero()) for _, parameter in trainable):
-            raise NoGradientError("adapter", "every gradient is exactly zero", "check data.max_length and the answers in your data")
+            raise NoGradientError(
+                "adapter", "every gradient is exactly zero", "check data.max_length and the answers in your data"
+            )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         loss = (logs or {}).get("loss")
-        if loss is not None and loss != loss:
-            found = f"the loss is not a number at step {state.global_step}"
-            raise PreflightError(f"train.lr: {self.plan.recipe.train.lr:g}", found, "go back and slow down: launch resume RUN train.lr=…")
+        if loss is not None and not math.isfinite(loss):
+            found = f"the loss is {loss} at step {state.global_step}"
+            lr = self.trainer.plan.recipe.train.lr
+            raise NoGradientError(
+                f"train.lr: {lr:g}", found, f"learn more slowly: launch resume RUN train.lr={lr / 10:g}"
+            )
 
 
 class Beat(TrainerCallback):
@@ -232,7 +264,7 @@ class Beat(TrainerCallback):
         self.pulse = pulse
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.pulse.beat("train", state.global_step)
+        self.pulse.beat("train", state.global_step + 1)
 
 
 class RankLog(TrainerCallback):
@@ -244,20 +276,24 @@ class RankLog(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **_: Any) -> None:
         if logs and "loss" in logs:
             ranks = list(adapters.active_ranks(model).values())
-            values = {"adalora/ranks": float(sum(ranks)), "adalora/smallest": float(min(ranks)), "adalora/largest": float(max(ranks))}
+            values = {
+                "adalora/ranks": float(sum(ranks)),
+                "adalora/smallest": float(min(ranks)),
+                "adalora/largest": float(max(ranks)),
+            }
             self.metrics.scalars(values, state.global_step)
 
 
-def check_world(plan: Plan, device: torch.device) -> None:
-    """Compare what every rank finds with the plan, before the first step.
+def check_world(plan: Plan, trainer: Trainer, rank: int) -> None:
+    """Compare the world that the Trainer found with the plan, before the first step: several libraries fall back to single ranks silently.
 
     Raises:
-        PreflightError: another number of ranks, or a rank that thinks it is alone.
+        PreflightError: another number of ranks, or another rank than torchrun gave.
     """
-    found = gathered([float(dist.get_world_size() if dist.is_initialized() else 1)], device)
-    if len(found) != plan.num_processes or any(row[0] != plan.num_processes for row in found):
+    found, place = trainer.accelerator.num_processes, trainer.accelerator.process_index
+    if found != plan.num_processes or trainer.args.world_size != plan.num_processes or place != rank:
         raise PreflightError(
-            f"{plan.num_processes} ranks", f"{len(found)} met", f"look into logs/ for ranks that did not start, and for {plan.backend}'s own message"
+            f"{plan.num_processes} ranks",
+            f"the Trainer of rank {rank} sees itself as {place} of {found}",
+            "start the run with: launch RECIPE",
         )
-
-

@@ -46,12 +46,18 @@ def data_files(paths: str | Sequence[str]) -> list[Path]:
         if path.is_dir():
             inside = sorted(item for item in path.rglob("*") if item.suffix in _ENDINGS and item.is_file())
             if not inside:
-                raise DataError(f"data.path: {path}", "the folder holds no data file", f"put files there that end in {', '.join(_ENDINGS)}")
+                raise DataError(
+                    f"data.path: {path}",
+                    "the folder holds no data file",
+                    f"put files there that end in {', '.join(_ENDINGS)}",
+                )
             files += inside
         elif path.is_file():
             files.append(path)
         else:
-            raise DataError(f"data.path: {path}", "there is no such file or folder", "give the path of your data: data.path=FILE")
+            raise DataError(
+                f"data.path: {path}", "there is no such file or folder", "give the path of your data: data.path=FILE"
+            )
     return files
 
 
@@ -96,7 +102,11 @@ def read_rows(file: Path) -> Iterator[RawRow]:
         return
     text = _read_text(file)
     if file.suffix == ".txt":
-        yield from (RawRow(f"{file}:{number}", {"text": line}) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+        yield from (
+            RawRow(f"{file}:{number}", {"text": line})
+            for number, line in enumerate(text.split("\n"), 1)
+            if line.strip()
+        )
     elif text.lstrip()[:1] == "[":
         yield from _read_array(file, text)
     else:
@@ -115,10 +125,17 @@ def to_conversation(value: Any, data: Data) -> list[Message]:
     system = _text(value, fields.system, required=False) or data.system
     start: list[Message] = [{"role": "system", "content": system}] if system else []
     if data.format == "alpaca":
-        user = {"role": "user", "content": _text(value, fields.instruction), "input": _text(value, fields.input, required=False)}
+        user = {
+            "role": "user",
+            "content": _text(value, fields.instruction),
+            "input": _text(value, fields.input, required=False),
+        }
         return [*start, user, {"role": "assistant", "content": _text(value, fields.output)}]
     if data.format == "context_target":
-        return [{"role": "user", "content": _text(value, fields.context)}, {"role": "assistant", "content": _text(value, fields.target)}]
+        return [
+            {"role": "user", "content": _text(value, fields.context)},
+            {"role": "assistant", "content": _text(value, fields.target)},
+        ]
     if data.format == "prompt_response":
         user = {"role": "user", "content": _text(value, fields.prompt)}
         return [*start, user, {"role": "assistant", "content": _text(value, fields.response)}]
@@ -170,7 +187,9 @@ def _read_text(file: Path) -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise DataError(
-            f"data.path: {file}", f"is not UTF-8: byte 0x{data[error.start]:02x} in line {line}", f"convert it: iconv -f GB18030 -t UTF-8 {file}"
+            f"data.path: {file}",
+            f"is not UTF-8: byte 0x{data[error.start]:02x} in line {line}",
+            f"convert it: iconv -f GB18030 -t UTF-8 {file}",
         ) from None
 
 

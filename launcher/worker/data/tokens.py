@@ -89,7 +89,10 @@ class Prompter:
         if self.named is None:
             return [], []  # a chat template writes its own
         if self.named.prefix_tokens:
-            named = [self.tokenizer.convert_tokens_to_ids(list(names)) for names in (self.named.prefix_tokens, self.named.answer_tokens)]
+            named = [
+                self.tokenizer.convert_tokens_to_ids(list(names))
+                for names in (self.named.prefix_tokens, self.named.answer_tokens)
+            ]
             return named[0], named[1]
         added: list[int] = self.tokenizer("")["input_ids"]
         return [token for token in added if token != self.tokenizer.eos_token_id], []
@@ -98,7 +101,12 @@ class Prompter:
         """The conversation with `excess` tokens less in its longest question (or its input)."""
         first_answer = next(place for place, message in enumerate(messages) if message["role"] == "assistant")
         place, name = max(
-            ((place, name) for place in range(first_answer) for name in ("content", "input") if messages[place].get(name)),
+            (
+                (place, name)
+                for place in range(first_answer)
+                for name in ("content", "input")
+                if messages[place].get(name)
+            ),
             key=lambda at: len(messages[at[0]][at[1]]),
         )
         ids = self.tokenizer(messages[place][name], add_special_tokens=False)["input_ids"]

@@ -1,0 +1,21 @@
+"""Keeps what says nothing about this run out of logs and terminals. Call before the libraries are imported."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Silence progress bars of single files, advice to developers and deprecations inside libraries; errors and real warnings stay."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # "Failed to load CPU gemm_4bit_forward" and "MatMul8bitLt: inputs will be cast": true on every CPU, hundreds of times.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+    # transformers deprecates names that PEFT and its own Trainer still use.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|peft\.")
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,315 @@
+"""Shapes against real models on the meta device, adapters against PEFT, and every way a model folder can be broken."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.errors import PreflightError, UsageError
+from launcher.families import family, family_of
+from launcher.modelshape import (
+    ModelShape,
+    catalogue_names,
+    module_names,
+    read_config,
+    shape_of,
+    shape_of_config,
+    trainable_parameters,
+    unmatched_targets,
+)
+from launcher.recipe.schema import Adapter, Model
+
+HERE = Path()
+TINY: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 1000, "pad_token_id": 0,
+}  # fmt: skip
+OLD: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 1000}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **TINY},
+    "llama with biases": {"model_type": "llama", **TINY, "attention_bias": True, "mlp_bias": True},
+    "mistral": {"model_type": "mistral", **TINY},
+    "mixtral": {"model_type": "mixtral", **TINY, "num_local_experts": 4},
+    "qwen2 tied": {"model_type": "qwen2", **TINY, "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", **TINY, "head_dim": 32},
+    "phi": {"model_type": "phi", **TINY, "qk_layernorm": True},
+    "phi3": {"model_type": "phi3", **TINY},
+    "gemma": {"model_type": "gemma", **TINY, "head_dim": 32},
+    "gemma2": {"model_type": "gemma2", **TINY, "head_dim": 32},
+    "gemma3_text": {"model_type": "gemma3_text", **TINY, "head_dim": 32},
+    "glm": {"model_type": "glm", **TINY, "head_dim": 16},
+    "glm4": {"model_type": "glm4", **TINY, "head_dim": 16},
+    "bloom": {"model_type": "bloom", **OLD},
+    "falcon": {"model_type": "falcon", **OLD},
+    "falcon old": {"model_type": "falcon", **OLD, "multi_query": False, "parallel_attn": False, "bias": True},
+    "falcon new": {"model_type": "falcon", **OLD, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "Llama-3.1-8B": {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
+    "bloom-7b1": {"model_type": "bloom", "n_embed": 4096, "n_layer": 30, "n_head": 32, "vocab_size": 250880},
+    "gemma-2-9b": {"model_type": "gemma2", "hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42,
+                   "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256, "vocab_size": 256000},
+}  # fmt: skip
+ADAPTERS = {
+    "lora": Adapter(r=4),
+    "all-linear": Adapter(r=4, targets="all-linear"),
+    "dora": Adapter(r=4, type="dora"),
+    "adalora": Adapter(type="adalora"),
+    "saved": Adapter(r=4, type="rslora", modules_to_save=("embed_tokens", "lm_head", "norm")),
+    "head": Adapter(r=4, targets=("lm_head", "embed_tokens", "q_proj")),
+}
+
+
+def real_model(config: dict[str, Any]) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    rest = {key: value for key, value in config.items() if key != "model_type"}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **rest))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_are_exact_to_the_tensor(name):
+    """From the sparse config and from the full one that transformers writes; every module where the family says."""
+    model, config = real_model(CONFIGS[name]), CONFIGS[name]
+    parameters = {key: value.numel() for key, value in model.named_parameters()}
+    modules = {key for key, _ in model.named_modules()}
+    for written in (config, json.loads(model.config.to_json_string(use_diff=False))):
+        shape = shape_of_config(written, name, "test")
+        assert shape.num_parameters == sum(parameters.values())
+        known = family(shape.family)
+        first = {key: size for key, size in parameters.items() if key.startswith(f"{known.layers}.0.")}
+        assert shape.layer_parameters == sum(first.values())
+        for linear, (in_features, out_features) in shape.linears.items():
+            weight = model.get_submodule(f"{known.layers}.0.{linear}").weight
+            assert tuple(weight.shape) == (out_features, in_features)
+        beside = {part for part in (known.embedding, known.norm, known.head, known.rotary, *known.others) if part}
+        assert beside <= modules
+        leaves = {key for key in modules if key and not any(other.startswith(f"{key}.") for other in modules)}
+        assert {key for key in leaves if not key.startswith(known.layers)} == beside
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("name", ["llama", "qwen2 tied", "phi", "glm4"])
+def test_trained_parameters_are_those_of_peft(name, adapter):
+    import peft
+    import torch
+
+    wanted, model = ADAPTERS[adapter], real_model(CONFIGS[name])
+    targets = list(family_of(CONFIGS[name]).lora_targets) if wanted.targets == "auto" else wanted.targets
+    common: dict[str, Any] = {
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "task_type": "CAUSAL_LM",
+    }
+    if wanted.type == "adalora":
+        config: Any = peft.AdaLoraConfig(init_r=12, target_r=8, total_step=100, tinit=1, tfinal=1, **common)
+    else:
+        saved = list(wanted.modules_to_save) or None
+        config = peft.LoraConfig(r=4, use_dora=wanted.type == "dora", modules_to_save=saved, **common)
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")  # PEFT warns about a tied head, which is what is counted here
+        trained = sum(value.numel() for value in peft.get_peft_model(model, config).parameters() if value.requires_grad)
+    assert trained_of(name, wanted) == trained
+
+
+def trained_of(name: str, adapter: Adapter) -> int:
+    return trainable_parameters(shape_of_config(CONFIGS[name], name, "test"), adapter)
+
+
+def test_full_trains_everything():
+    shape = shape_of_config(CONFIGS["llama"], "llama", "test")
+    assert trainable_parameters(shape, Adapter(type="full")) == shape.num_parameters == 220480
+
+
+PUBLIC = {
+    "THUDM/chatglm-6b": (
+        6_707_929_088,
+        "chatglm",
+        True,
+    ),  # 6,173,286,400 if the head were tied, as it was on transformers 4
+    "THUDM/chatglm2-6b": (6_243_584_000, "chatglm2", True),
+    "THUDM/chatglm3-6b": (6_243_584_000, "chatglm3", True),
+    "meta-llama/Llama-2-7b-hf": (6_738_415_616, "llama", False),
+    "meta-llama/Llama-3.1-8B": (8_030_261_248, "llama", False),
+    "Qwen/Qwen2.5-0.5B": (494_032_768, "qwen2", False),
+    "Qwen/Qwen2.5-1.5B": (1_543_714_304, "qwen2", False),
+    "Qwen/Qwen2.5-7B-Instruct": (7_615_616_512, "qwen2", False),
+    "mistralai/Mistral-7B-v0.3": (7_248_023_552, "mistral", False),
+    "01-ai/Yi-6B": (6_061_035_520, "llama", False),
+}
+
+
+@pytest.fixture
+def empty_hub(tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.delenv("HUGGINGFACE_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    return tmp_path / "hf" / "hub"
+
+
+def test_the_catalogue_holds_the_public_sizes(empty_hub):
+    shapes = {name: shape_of(Model(path=name), HERE) for name in catalogue_names()}
+    assert {name: (shape.num_parameters, shape.family, shape.remote_code) for name, shape in shapes.items()} == PUBLIC
+    assert shapes["THUDM/chatglm2-6b"].source == "the shipped catalogue"
+
+
+def test_adalora_on_chatglm2_trains_what_the_seed_counted(empty_hub):
+    shape = shape_of(Model(path="THUDM/chatglm2-6b"), HERE)
+    assert trainable_parameters(shape, Adapter(type="adalora", r=8)) == 2_924_880
+
+
+def test_names_that_match_nothing(empty_hub):
+    shape = shape_of(Model(path="THUDM/chatglm2-6b"), HERE)
+    assert unmatched_targets(shape, ("query", "query_key_value", "value", "mlp.dense_4h_to_h")) == ["query", "value"]
+    assert unmatched_targets(shape, "auto") == []
+    assert module_names(shape)[:2] == ["query_key_value", "dense"]
+    assert "output_layer" in module_names(shape)
+
+
+WIDE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+NATIVE_TWINS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "chatglm2": (
+        {"model_type": "chatglm", "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "kv_channels": 32,
+         "ffn_hidden_size": 176, "padded_vocab_size": 1000, "multi_query_attention": True, "multi_query_group_num": 2,
+         "add_qkv_bias": True},
+        {"model_type": "glm", **TINY, "head_dim": 32},
+    ),
+    "baichuan": (
+        {"model_type": "baichuan", **WIDE, "intermediate_size": 176, "vocab_size": 1000},
+        {"model_type": "llama", **TINY, "num_key_value_heads": 4},
+    ),
+    "internlm": (
+        {"model_type": "internlm", **WIDE, "intermediate_size": 176, "vocab_size": 1000, "bias": True},
+        {"model_type": "llama", **TINY, "num_key_value_heads": 4, "attention_bias": True},
+    ),
+    "qwen": (
+        {"model_type": "qwen", **WIDE, "intermediate_size": 352, "kv_channels": 16, "vocab_size": 1000, "no_bias": True},
+        {"model_type": "qwen2", **TINY, "num_key_value_heads": 4},
+    ),
+    "xverse": (
+        {"model_type": "xverse", **WIDE, "intermediate_size": 176, "vocab_size": 1000},
+        {"model_type": "llama", **TINY, "num_key_value_heads": 4},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NATIVE_TWINS)
+def test_remote_families_have_the_parameters_of_the_native_class_they_convert_to(name):
+    """Weights of these families load into the native class without a remainder (shared/facts/chatglm.md, section 3)."""
+    remote, native = NATIVE_TWINS[name]
+    shape = shape_of_config(remote, name, "test")
+    assert (shape.family, shape.remote_code) == (name, True)
+    assert shape.num_parameters == sum(value.numel() for value in real_model(native).parameters())
+
+
+def test_an_unknown_family_is_counted_like_a_llama_and_says_so():
+    shape = shape_of_config({"model_type": "novel", **TINY, "auto_map": {}}, "novel", "config.json")
+    assert (shape.family, shape.remote_code, shape.num_parameters) == ("unknown", True, 220480)
+    assert "as if it were a Llama" in shape.source
+    assert trainable_parameters(shape, Adapter(r=1)) == trainable_parameters(shape, Adapter(r=1, targets="all-linear"))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """What save_pretrained leaves of a tiny model, in two shards."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TINY)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model", max_shard_size="300KB")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) == 2
+    return tmp_path / "model"
+
+
+def test_a_folder_is_read_to_the_byte(folder):
+    shape = shape_of(Model(path="model"), folder.parent)
+    assert (shape.num_parameters, shape.stored_bytes, shape.stored_bytes // 2) == (220480, 440960, 220480)
+    assert shape.source == f"{folder} (config.json and safetensors headers)"
+    assert ModelShape.model_validate_json(shape.model_dump_json()) == shape
+    assert read_config("model", None, folder.parent) == json.loads((folder / "config.json").read_text())
+
+
+def test_a_shard_cut_short_is_named(folder):
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(PreflightError, match=f"{shard.name} is cut short: its header says") as caught:
+        shape_of(Model(path=str(folder)), HERE)
+    assert caught.value.to_type == f"copy or download {shard.name} again"
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [(b"", "cut short in its header"), (b"\xff" * 20, "cut short in its header"),
+     (b"\2" + b"\0" * 7 + b"[]", "not a safetensors file"), (b"\4" + b"\0" * 7 + b"nope", "not a safetensors file")],
+)  # fmt: skip
+def test_a_file_that_is_no_safetensors(folder, content, found):
+    sorted(folder.glob("*.safetensors"))[0].write_bytes(content)
+    with pytest.raises(PreflightError, match=found):
+        shape_of(Model(path=str(folder)), HERE)
+
+
+def test_a_missing_shard_is_named(folder):
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    shard.unlink()
+    with pytest.raises(PreflightError, match=f"names {shard.name}, which the folder lacks"):
+        shape_of(Model(path=str(folder)), HERE)
+
+
+def test_an_index_that_is_no_index(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weights": {}}')
+    with pytest.raises(PreflightError, match=r"index\.json cannot be read: KeyError"):
+        shape_of(Model(path=str(folder)), HERE)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"), [(None, "has no config.json"), ("{", "cannot be read"), ("[]", "holds no JSON object")]
+)
+def test_a_folder_with_a_broken_config(tmp_path, content, found):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(PreflightError, match=found):
+        shape_of(Model(path=str(tmp_path)), HERE)
+
+
+@pytest.mark.parametrize(
+    "key", ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size"]
+)
+def test_a_missing_dimension_is_named(key):
+    config = {name: value for name, value in CONFIGS["llama"].items() if name != key}
+    with pytest.raises(UsageError, match=f"lacks {key}"):
+        shape_of(Model(config=config), HERE)
+    with pytest.raises(UsageError, match=f"lacks {key} .it says 'many'"):
+        shape_of(Model(config={**config, key: "many"}), HERE)
+
+
+def test_a_hub_id_that_nobody_has(empty_hub):
+    with pytest.raises(UsageError, match="launch prepare RECIPE"):
+        shape_of(Model(path="acme/rocket-7b"), HERE)
+    assert read_config("acme/rocket-7b") is None
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "~/nowhere-at-all", "models/a/b"])
+def test_a_folder_that_is_not_there(path, empty_hub):
+    with pytest.raises(UsageError, match="there is no folder"):
+        shape_of(Model(path=path), HERE)
+
+
+def test_the_hub_cache_is_read_and_comes_before_the_catalogue(empty_hub):
+    snapshot = empty_hub / "models--THUDM--chatglm3-6b" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    config = {"model_type": "chatglm", "num_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "kv_channels": 16,
+              "ffn_hidden_size": 96, "padded_vocab_size": 100, "multi_query_attention": True,
+              "multi_query_group_num": 2}  # fmt: skip
+    (snapshot / "config.json").write_text(json.dumps(config))
+    # Without a ref the commit itself has to be asked for.
+    assert shape_of(Model(path="THUDM/chatglm3-6b"), HERE).num_layers == 28
+    assert shape_of(Model(path="THUDM/chatglm3-6b", revision="abc"), HERE).num_layers == 1
+    refs = empty_hub / "models--THUDM--chatglm3-6b" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc")
+    shape = shape_of(Model(path="THUDM/chatglm3-6b"), HERE)
+    assert (shape.num_layers, shape.family, shape.source) == (1, "chatglm3", str(snapshot))
