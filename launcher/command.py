@@ -68,6 +68,7 @@ def worker_environment(plan: Plan) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
     }
     if plan.kind == "cuda":
+        env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the order of nvidia-smi, which the plan has
         env["CUDA_VISIBLE_DEVICES"] = ",".join(device.uuid or str(device.index) for device in plan.cluster.devices)
     else:
         env["CUDA_VISIBLE_DEVICES"] = ""

@@ -103,9 +103,11 @@ def _compare(path: Path, name: str, entry: FileEntry) -> str | None:
     size = path.stat().st_size
     if size != entry.size_bytes:
         return f"{name} has {size:,} of {entry.size_bytes:,} bytes"
-    if describe_file(path).sha256 != entry.sha256:
-        return f"{name} has other bytes than its manifest says"
-    return None
+    try:
+        same = describe_file(path).sha256 == entry.sha256
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    return None if same else f"{name} has other bytes than its manifest says"
 
 
 def folders(run: RunDir) -> list[Path]:

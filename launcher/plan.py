@@ -17,12 +17,14 @@ from launcher.families import family as family_named
 from launcher.memory import Memory, MemoryRequest, estimate
 from launcher.modelshape import ModelShape, trainable_parameters, unmatched_targets
 from launcher.recipe import Recipe
+from launcher.recipe.rules import broken_rules
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 GIB = 2**30
 # Larger micro batches bring no speed on these devices and make the heaviest batch heavier.
 _LARGEST_MICRO_BATCH = {"cuda": 64, "cpu": 8}
+_SHORTEST_ROW = 64  # nobody halves data.max_length below this to save memory
 
 
 class Decision(BaseModel):
@@ -99,9 +101,11 @@ def identity(plan: Plan) -> dict[str, Any]:
         "model.quantization": recipe.model.quantization,
         "adapter.type": recipe.adapter.type,
         "adapter.r": recipe.adapter.r,
+        "adapter.init_r": recipe.adapter.init_r,
         "adapter.alpha": recipe.adapter.alpha,
         "adapter.targets": plan.targets if isinstance(plan.targets, str) else list(plan.targets),
         "adapter.modules_to_save": list(recipe.adapter.modules_to_save),
+        "data.batching": plan.batching,
         "train.optimizer": recipe.train.optimizer,
         "train.seed": recipe.train.seed,
         "train.global_batch": recipe.train.global_batch,
@@ -298,10 +302,14 @@ def _batch(draft: dict[str, Any], decisions: list[Decision], problems: list[Prob
     modes = [asked] if asked != "auto" else [False, True]
     options = [(mode, size) for mode in modes for size in sizes]
     memories = {option: _memory(draft, *option) for option in options}
-    budget = min(device.memory_bytes - device.reserved_bytes for device in cluster.devices)
+    budget = budget_bytes(draft["strategy"], cluster)
     checkpointing, size = next((option for option in options if memories[option].total_bytes <= budget), options[-1])
     if train.micro_batch == "auto":
-        because = f"the largest that fits {budget / GIB:.1f} GiB, at most {_LARGEST_MICRO_BATCH[cluster.kind]}, and divides the global batch"
+        kept = " without gradient checkpointing" if asked == "auto" and not checkpointing and size < sizes[0] else ""
+        because = (
+            f"the largest that fits {budget / GIB:.1f} GiB{kept}, at most {_LARGEST_MICRO_BATCH[cluster.kind]}, "
+            "and divides the global batch"
+        )
         decisions.append(Decision(key="train.micro_batch", value=str(size), because=because))
     if asked == "auto":
         because = (
@@ -348,22 +356,31 @@ def _memory(draft: dict[str, Any], gradient_checkpointing: bool, micro_batch: in
     )
 
 
-def _lacking_bytes(plan: Plan) -> int:
-    """How many bytes the fullest device is short of; negative where it fits.
+def budget_bytes(strategy: str, cluster: Cluster) -> int:
+    """What a plan's memory may come to: the free bytes of the smallest device.
 
     A device map splits the weights; until it is placed layer by layer the sum over all devices is what has to suffice.
     """
-    budgets = [device.memory_bytes - device.reserved_bytes for device in plan.cluster.devices]
-    return plan.memory.total_bytes - (sum(budgets) if plan.strategy == "device_map" else min(budgets))
+    free = [device.memory_bytes - device.reserved_bytes for device in cluster.devices]
+    return sum(free) if strategy == "device_map" else min(free)
+
+
+def _lacking_bytes(plan: Plan) -> int:
+    """How many bytes the plan is short of; negative where it fits."""
+    return plan.memory.total_bytes - budget_bytes(plan.strategy, plan.cluster)
 
 
 def _does_not_fit(plan: Plan) -> DoesNotFitError:
     """The error with its remedies, each of which was planned and fits."""
-    device = min(plan.cluster.devices, key=lambda device: device.memory_bytes - device.reserved_bytes)
+    devices, free = plan.cluster.devices, budget_bytes(plan.strategy, plan.cluster) / GIB
+    smallest = min(devices, key=lambda device: device.memory_bytes - device.reserved_bytes)
+    where = f"a device with {free:.1f} GiB free ({smallest.name})"
+    if plan.strategy == "device_map":
+        where = f"{len(devices)} devices with {free:.1f} GiB free together ({' + '.join(d.name for d in devices)})"
     parts = plan.memory.parts()
     largest = max(parts, key=lambda part: parts[part])
     found = (
-        f"{plan.memory.total_bytes / GIB:.1f} GiB needed on a device of {device.memory_bytes / GIB:.1f} GiB ({device.name}); "
+        f"{plan.memory.total_bytes / GIB:.1f} GiB needed on {where}; "
         f"largest part: {largest} {parts[largest] / GIB:.1f} GiB"
     )
     fits = [f"    {override:<44}{gib:6.1f} GiB" for override, gib in _remedies(plan)]
@@ -383,9 +400,9 @@ def _remedies(plan: Plan) -> list[tuple[str, float]]:
         candidates.append(("train.gradient_checkpointing=true", "train", {"gradient_checkpointing": True}))
     if plan.micro_batch > 1:
         candidates.append(("train.micro_batch=1", "train", {"micro_batch": 1}))
-    candidates.append(
-        (f"data.max_length={recipe.data.max_length // 2}", "data", {"max_length": recipe.data.max_length // 2})
-    )
+    half = recipe.data.max_length // 2
+    if half >= _SHORTEST_ROW:
+        candidates.append((f"data.max_length={half}", "data", {"max_length": half}))
     if recipe.adapter.type == "full":
         candidates.append(("adapter.type=lora", "adapter", {"type": "lora"}))
         candidates += [
@@ -396,6 +413,8 @@ def _remedies(plan: Plan) -> list[tuple[str, float]]:
     found = []
     for override, section, update in candidates:
         changed = recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=update)})
+        if broken_rules(changed):
+            continue
         try:
             other = _decide(plan.name, changed, plan.cluster, plan.shape)
         except RecipeError:

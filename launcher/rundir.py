@@ -143,7 +143,7 @@ def open_run(name: str | Path) -> RunDir:
     Raises:
         UsageError: it is none.
     """
-    run = RunDir(Path(name).expanduser().resolve())
+    run = RunDir(Path(os.path.expanduser(name)).resolve())
     if not run.plan.is_file():
         found = "holds no plan.json" if run.path.is_dir() else "there is no such folder"
         raise UsageError(f"run {name}", found, "give the folder of a run; list them with: launch runs")
@@ -153,11 +153,14 @@ def open_run(name: str | Path) -> RunDir:
 def write_atomic(path: Path, text: str) -> None:
     """Write a whole file: a reader sees the old one or the new one, also after a crash."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -175,16 +178,25 @@ def read_json(path: Path) -> Any:
 
 def append_event(run: RunDir, event: dict[str, Any]) -> None:
     """Add a line to events.jsonl; one write call, so lines of several processes do not mix."""
-    with run.events.open("ab") as file:
-        file.write(json.dumps(event, ensure_ascii=False).encode() + b"\n")
+    line = json.dumps(event, ensure_ascii=False).encode() + b"\n"
+    with run.events.open("ab+") as file:
+        # A full disk may have cut the line before; it must not take this one with it.
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        file.write(line)
 
 
 def read_events(run: RunDir, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """The events from a byte offset on, and the offset after the last whole line."""
+    """The events from a byte offset on, and the offset after the last whole line. A line that was cut is passed over."""
     if not run.events.is_file():
         return [], offset
     with run.events.open("rb") as file:
         file.seek(offset)
         data = file.read()
     whole = data[: data.rfind(b"\n") + 1]
-    return [json.loads(line) for line in whole.splitlines() if line.strip()], offset + len(whole)
+    events = []
+    for line in whole.splitlines():
+        with contextlib.suppress(ValueError):
+            events.append(json.loads(line))
+    return events, offset + len(whole)

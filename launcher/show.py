@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from launcher.manifest import Verdict
-from launcher.plan import Plan, steps_per_epoch, total_steps
+from launcher.plan import Plan, budget_bytes, steps_per_epoch, total_steps
 from launcher.preflight import Finding
 from launcher.report import Failure, last_lines
 from launcher.supervise import Outcome
@@ -69,16 +69,16 @@ def summary(plan: Plan) -> str:
 def batch(plan: Plan) -> str:
     """How a step is made up, and how much memory it takes."""
     ranks = f"{plan.num_processes} rank{'s' if plan.num_processes > 1 else ''}"
-    smallest = min(plan.cluster.devices, key=lambda device: device.memory_bytes - device.reserved_bytes)
+    each = f"on {plan.cluster.num_devices} devices" if plan.strategy == "device_map" else "a device"
     return (
         f"micro batch {plan.micro_batch} × {ranks} × accumulation {plan.accumulation} = {plan.global_batch} rows a step · "
-        f"{gib(plan.memory.total_bytes)} of {gib(smallest.memory_bytes - smallest.reserved_bytes)} GiB a device"
+        f"{gib(plan.memory.total_bytes)} of {gib(budget_bytes(plan.strategy, plan.cluster))} GiB {each}"
     )
 
 
 def show_plan(screen: Console, plan: Plan) -> None:
     """The whole plan: what, where every byte goes, and why each decision was made."""
-    line(screen, plan.name[:_LABEL], summary(plan))
+    line(screen, plan.name, summary(plan))
     line(screen, "step", batch(plan))
     data = plan.recipe.data
     paths = data.path if isinstance(data.path, str) else ", ".join(data.path)
@@ -90,17 +90,23 @@ def show_plan(screen: Console, plan: Plan) -> None:
     train = plan.recipe.train
     length = f"{train.max_steps:,} steps" if train.max_steps else f"{train.epochs:g} epochs"
     line(screen, "train", f"{length}, lr {train.lr:g} {train.schedule}, {train.optimizer}, seed {train.seed}")
-    parts = {name: value for name, value in plan.memory.parts().items() if value}
-    shown = "  ".join(f"{name} {gib(value)}" for name, value in parts.items())
-    for device in plan.cluster.devices[:1] if len(set(plan.cluster.devices)) else ():
-        budget = device.memory_bytes
-        filled = min(_BAR, round(_BAR * plan.memory.total_bytes / budget))
-        taken = round(_BAR * device.reserved_bytes / budget)
-        bar = "█" * filled + "▒" * min(taken, _BAR - filled) + "░" * max(0, _BAR - filled - taken)
-        line(screen, "memory", f"{device.name}  {gib(budget)} GiB  {bar}  {shown}")
+    line(screen, "memory", _memory_bar(plan))
     for place, decision in enumerate(plan.decisions):
         line(screen, "why" if place == 0 else "", f"{decision.key} = {decision.value}: {decision.because}")
     line(screen, "model", f"shape from {_shown(plan.shape.source)}")
+
+
+def _memory_bar(plan: Plan) -> str:
+    """The fullest device and where its bytes go; under a device map all devices together."""
+    devices = plan.cluster.devices
+    if plan.strategy != "device_map":
+        devices = (min(devices, key=lambda device: device.memory_bytes - device.reserved_bytes),)
+    whole = sum(device.memory_bytes for device in devices)
+    filled = min(_BAR, round(_BAR * plan.memory.total_bytes / whole))
+    taken = min(_BAR - filled, round(_BAR * sum(device.reserved_bytes for device in devices) / whole))
+    bar = "█" * filled + "▒" * taken + "░" * (_BAR - filled - taken)
+    parts = "  ".join(f"{name} {gib(value)}" for name, value in plan.memory.parts().items() if value)
+    return f"{' + '.join(device.name for device in devices)}  {gib(whole)} GiB  {bar}  {parts}"
 
 
 def show_findings(screen: Console, findings: list[Finding]) -> None:

@@ -60,6 +60,7 @@ ADAPTERS = {
     "adalora": Adapter(type="adalora"),
     "saved": Adapter(r=4, type="rslora", modules_to_save=("embed_tokens", "lm_head", "norm")),
     "head": Adapter(r=4, targets=("lm_head", "embed_tokens", "q_proj")),
+    "both": Adapter(r=4, targets=("lm_head", "q_proj"), modules_to_save=("lm_head",)),
 }
 
 
@@ -187,7 +188,7 @@ NATIVE_TWINS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"model_type": "llama", **TINY, "num_key_value_heads": 4, "attention_bias": True},
     ),
     "qwen": (
-        {"model_type": "qwen", **WIDE, "intermediate_size": 352, "kv_channels": 16, "vocab_size": 1000, "no_bias": True},
+        {"model_type": "qwen", **WIDE, "intermediate_size": 352, "kv_channels": 16, "vocab_size": 1000},
         {"model_type": "qwen2", **TINY, "num_key_value_heads": 4},
     ),
     "xverse": (

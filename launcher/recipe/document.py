@@ -7,21 +7,25 @@ duplicate key be reported beside all other mistakes. YAML 1.2: `3e-4` is a numbe
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.reader import ReaderError
 
 from launcher.errors import Problem, RecipeError, UsageError
 
+_BOOLEANS = {"true": True, "false": False}
 _SCALARS: dict[str, Any] = {
     "tag:yaml.org,2002:null": lambda _: None,
-    "tag:yaml.org,2002:bool": lambda text: text.lower() == "true",
-    "tag:yaml.org,2002:int": lambda text: int(text.replace("_", ""), 0),
-    "tag:yaml.org,2002:float": lambda text: float(text.replace("_", "").replace(".inf", "inf").replace(".nan", "nan")),
+    "tag:yaml.org,2002:bool": lambda text: _BOOLEANS[text.lower()],
+    # 017 is seventeen: YAML 1.2 writes octal numbers 0o17.
+    "tag:yaml.org,2002:int": lambda text: int(text.replace("_", ""), 0 if text.lstrip("+-")[1:2] in ("x", "o") else 10),
+    "tag:yaml.org,2002:float": lambda text: float(re.sub(r"\.(?=inf|nan)", "", text.replace("_", "").lower())),
 }
 
 
@@ -46,23 +50,38 @@ class Document:
         """Apply `section.key=value`, the value read as YAML.
 
         Raises:
-            UsageError: the text has no `=`, or its value is no YAML.
+            UsageError: the text has no `=`.
         """
         key, equals, text = override.partition("=")
-        parts = key.strip().split(".")
+        key = key.strip()
+        parts = key.split(".")
         if not equals or not all(parts):
             raise UsageError(
                 override, "is neither a flag nor an override", "write it as section.key=value, e.g. train.lr=2e-4"
             )
-        scratch = _compose(text, f"override {override}")
+        where = f"override {override}"
+        try:
+            scratch = _compose(text, where)
+        except RecipeError as error:
+            self.problems += [replace(problem, key=key, where=where) for problem in error.problems]
+            return
         target = self.values
-        for part in parts[:-1]:
+        for num, part in enumerate(parts[:-1], 1):
             inner = target.get(part)
+            if not isinstance(inner, dict):
+                self._replaced(".".join(parts[:num]), where)
             target[part] = inner = dict(inner) if isinstance(inner, dict) else {}
             target = inner
-        target[parts[-1]] = scratch.values.get("") if scratch.values else None
-        self.places[key] = f"override {override}"
+        target[parts[-1]] = scratch.values.get("")
+        self._replaced(key, where)
+        for problem in scratch.problems:
+            self.problems.append(replace(problem, key=f"{key}.{problem.key}".rstrip("."), where=where))
         self.from_command_line.add(key)
+
+    def _replaced(self, key: str, where: str) -> None:
+        """Note that a key and all that stood below it come from somewhere else now."""
+        self.places = {known: place for known, place in self.places.items() if not known.startswith(f"{key}.")}
+        self.places[key] = where
 
 
 def read_document(path: Path) -> Document:
@@ -81,7 +100,7 @@ def read_document(path: Path) -> Document:
     document.folder = path.resolve().parent
     value = document.values.pop("", None)
     if not isinstance(value, dict):
-        found = "is empty" if value is None else f"holds a {type(value).__name__}"
+        found = "is empty" if value is None else f"holds {'a list' if isinstance(value, list) else repr(value)}"
         raise RecipeError(
             [Problem("", f"{found}; a recipe is a mapping with the sections model, data, …", f"{name}:1:1")]
         )
@@ -94,12 +113,17 @@ def _compose(text: str, name: str) -> Document:
     document = Document(name=name, folder=Path.cwd(), values={})
     try:
         node = YAML().compose(io.StringIO(text))
+        if node is not None:
+            document.values[""] = _value(node, "", document)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
         raise RecipeError([Problem("", f"is no valid YAML: {error.problem or error.context}", where)]) from None
-    if node is not None:
-        document.values[""] = _value(node, "", document)
+    except ReaderError as error:  # a character that no YAML may hold
+        line, column = text.count("\n", 0, error.position) + 1, error.position - text.rfind("\n", 0, error.position)
+        raise RecipeError([Problem("", f"is no valid YAML: {error.reason}", f"{name}:{line}:{column}")]) from None
+    except RecursionError:
+        raise RecipeError([Problem("", "holds itself, or nests too deeply", f"{name}:1:1")]) from None
     return document
 
 
@@ -114,14 +138,20 @@ def _value(node: Node, key: str, document: Document) -> Any:
     convert = _SCALARS.get(str(node.tag), str)
     try:
         return convert(node.value)
-    except ValueError:
-        document.problems.append(Problem(key, f"{node.value!r} is no number", _where(node, document)))
+    except (ValueError, KeyError):
+        kind = "number" if str(node.tag).endswith(("int", "float")) else "boolean"
+        document.problems.append(Problem(key, f"{node.value!r} is no {kind}", _where(node, document)))
         return None
 
 
 def _mapping(node: MappingNode, key: str, document: Document) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
+        if not isinstance(key_node, ScalarNode):
+            document.problems.append(
+                Problem(key, "has a list or a mapping as a key. Write a word", _where(key_node, document))
+            )
+            continue
         name = str(key_node.value)
         path = f"{key}.{name}" if key else name
         if name in values:

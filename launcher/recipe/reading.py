@@ -125,7 +125,7 @@ def with_absolute_paths(recipe: Recipe, document: Document) -> Recipe:
         return Path.cwd() if prefixes & document.from_command_line else document.folder
 
     def absolute(value: str, key: str) -> str:
-        return os.path.normpath(base(key) / Path(value).expanduser())
+        return os.path.normpath(base(key) / os.path.expanduser(value))
 
     def each(value: str | tuple[str, ...], key: str) -> str | tuple[str, ...]:
         return absolute(value, key) if isinstance(value, str) else tuple(absolute(item, key) for item in value)
@@ -165,6 +165,9 @@ def _problems_of(error: ValidationError) -> list[Problem]:
         if detail["type"] in ("extra_forbidden", "missing"):
             key = ".".join(str(part) for part in detail["loc"])
         grouped.setdefault(key, []).append(detail)
+    # Where an item of a list is wrong, that the list is no text either says nothing new.
+    lists = {key.rpartition(".")[0] for key in grouped if key.rpartition(".")[2].isdigit()}
+    grouped = {key: details for key, details in grouped.items() if key not in lists}
     return [Problem(key, _message(key, details)) for key, details in grouped.items()]
 
 
@@ -197,7 +200,7 @@ def _message(key: str, details: list[Any]) -> str:
     if first["type"] == "missing":
         return f"is missing. {_describe(key)}"
     expected = list(dict.fromkeys(_expectation(detail) for detail in details))
-    message = f"expected {' or '.join(expected)}, found {first['input']!r}."
+    message = f"expected {' or '.join(expected)}, found {_shown(first['input'])}."
     choices = [
         c.strip(" '")
         for d in details
@@ -216,10 +219,18 @@ def _expectation(detail: Any) -> str:
     bounds = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
     if kind in bounds:
         sign = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}[bounds[kind]]
-        return f"{sign} {context[bounds[kind]]:g}"
+        bound = context[bounds[kind]]
+        return f"{sign} {bound:,}" if isinstance(bound, int) else f"{sign} {bound:g}"
     if kind == "string_pattern_mismatch":
         return f"text like {context['pattern']}"
     return _EXPECTED.get(kind, str(detail["msg"]))
+
+
+def _shown(value: Any) -> str:
+    """A value in YAML's words."""
+    return (
+        {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
+    )
 
 
 def _describe(key: str) -> str:
@@ -236,9 +247,14 @@ def _did_you_mean_key(key: str) -> str:
     parent, _, name = key.rpartition(".")
     if name in _ELSEWHERE:
         return f"Did you mean {_ELSEWHERE[name]}?"
+    if key in all_keys():  # written with a dot, which is for the command line
+        return f"In a file write {name} inside of {parent}"
     annotation: Any = Recipe
     for part in parent.split(".") if parent else []:
-        annotation = _fields_of(annotation)[part].annotation
+        section = _fields_of(annotation).get(part)
+        if section is None:
+            return f"A recipe has: {', '.join(_fields_of(Recipe))}"
+        annotation = section.annotation
     siblings = _fields_of(annotation)
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
     if close:

@@ -25,6 +25,8 @@ def _model(recipe: Recipe) -> Iterator[Problem]:
     if (model.path is None) == (model.config is None):
         found = "neither path nor config is set" if model.path is None else "path and config are both set"
         yield Problem("model", f"{found}. Give one: path for a model that exists, config for one from random weights")
+    if model.path == "":
+        yield Problem("model.path", "is empty. Give a hub id or a folder")
     if model.config is not None and "model_type" not in model.config:
         yield Problem("model.config", "has no model_type. Add it, e.g. model_type: llama")
     if model.quantization != "none" and recipe.adapter.type == "full":
@@ -37,6 +39,9 @@ def _model(recipe: Recipe) -> Iterator[Problem]:
 
 def _data(recipe: Recipe) -> Iterator[Problem]:
     evaluation = recipe.data.eval
+    for key, paths in (("data.path", recipe.data.path), ("data.eval.path", evaluation and evaluation.path)):
+        if paths is not None and not (paths and all(paths)):
+            yield Problem(key, "is empty. Give a file, a folder or a list of them")
     if evaluation is not None:
         given = [name for name in ("fraction", "rows", "path") if getattr(evaluation, name) is not None]
         if len(given) != 1:
@@ -44,8 +49,9 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
             yield Problem("data.eval", f"{found}. Give one of fraction, rows, path")
     if recipe.train.early_stopping is not None and evaluation is None:
         yield Problem("train.early_stopping", "needs an evaluation loss. Add data.eval, e.g. data.eval.fraction=0.02")
-    if recipe.data.format == "text" and recipe.data.system is not None:
-        yield Problem("data.system", "plain text has no system prompt. Remove it, or use another data.format")
+    if recipe.data.format in ("text", "context_target") and recipe.data.system is not None:
+        message = f"{recipe.data.format} is used word for word and has no system prompt. Remove it, or use another data.format"
+        yield Problem("data.system", message)
 
 
 def _adapter(recipe: Recipe) -> Iterator[Problem]:
@@ -81,7 +87,7 @@ def _strategy(recipe: Recipe) -> Iterator[Problem]:
     if strategy.type not in ("device_map", "auto") and strategy.device_map is not None:
         yield Problem(
             "strategy.type",
-            f"{strategy.type} starts a process per device, a device map spreads one model over all. Set strategy.type=device_map",
+            f"{strategy.type} does not spread one model over the devices, a device map does. Set strategy.type=device_map",
         )
     if launch.backend == "deepspeed" and strategy.type not in ("auto", "zero1", "zero2", "zero3"):
         yield Problem(
@@ -101,6 +107,8 @@ def _run(recipe: Recipe) -> Iterator[Problem]:
             "checkpoint.resume",
             "auto needs a run directory that stays the same. Set launch.run_dir, or use: launch resume RUN",
         )
+    if recipe.launch.run_dir == "":
+        yield Problem("launch.run_dir", "is empty. Give a folder, or null for runs/<recipe>-<time>")
     if recipe.checkpoint.async_:
         yield Problem(
             "checkpoint.async", "this version writes checkpoints in the foreground. Set checkpoint.async=false"

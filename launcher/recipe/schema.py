@@ -20,7 +20,8 @@ Names = Annotated[tuple[str, ...], Field(strict=False)]
 class Section(BaseModel):
     """Base of every section: an unknown key is an error, and a section never changes after it was read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+    # No field means anything when it is infinite, and JSON, in which the plan is kept, has no word for it.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Model(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 
 from launcher.errors import UsageError
@@ -22,7 +23,7 @@ def find_recipe(name: str) -> Path:
     Raises:
         UsageError: there is none; names the nearest.
     """
-    given = Path(name).expanduser()
+    given = Path(os.path.expanduser(name))
     if given.is_file():
         return given
     if given.name == name:  # a bare name, with or without its ending
@@ -42,14 +43,15 @@ def recipes() -> list[Path]:
     found: dict[str, Path] = {}
     for folder in (Path("recipes"), shipped_folder()):
         for path in sorted(folder.glob("*.yaml")):
-            found.setdefault(path.stem, path)
+            if path.is_file():
+                found.setdefault(path.stem, path)
     return list(found.values())
 
 
 def purpose(path: Path) -> str:
     """The first sentence of a recipe's head comment."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         if not line.startswith("#"):
             break
         if "yaml-language-server" not in line:

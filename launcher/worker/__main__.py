@@ -92,10 +92,11 @@ def _connect(plan: Plan, torch: Any) -> None:
 
 
 def _rows(data_dir: str) -> dict[str, Any]:
-    """The tokenised rows, mapped from disk: ranks share one copy in the page cache."""
+    """The tokenised rows, mapped from disk: ranks share one copy in the page cache. Without evaluation rows `eval` is empty."""
     from datasets import load_from_disk
 
-    return {name: load_from_disk(f"{data_dir}/{name}") for name in ("train", "eval")}
+    folders = {name: Path(data_dir) / name for name in ("train", "eval")}
+    return {name: load_from_disk(str(folder)) if folder.is_dir() else [] for name, folder in folders.items()}
 
 
 def _leave_process_group() -> None:

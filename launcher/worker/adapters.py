@@ -115,17 +115,26 @@ def adalora_state(model: Any) -> dict[str, torch.Tensor]:
         for name, tensor in getattr(allocator, kind).items()
     }
     pattern = allocator.peft_config.rank_pattern or {}
-    return state | {f"rank_pattern/{name}": torch.tensor(kept) for name, kept in pattern.items()}
+    kept = {f"rank_pattern/{name}": torch.tensor(ranks) for name, ranks in pattern.items()}
+    # PEFT's own file leaves out the ranks that are gone for now, which may still come back.
+    weights = {
+        f"weights/{name}": p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad
+    }
+    return state | kept | weights
 
 
 def load_adalora_state(model: Any, state: dict[str, torch.Tensor]) -> None:
-    """Put the state of a checkpoint back; PEFT restores neither the scores nor the pattern of an adapter that is trained on."""
+    """Put weights, scores and pattern of a checkpoint back; PEFT cannot read its own AdaLoRA file into a model that trains on."""
     allocator = model.base_model.rankallocator
     device = next(model.parameters()).device
     for key, tensor in state.items():
         kind, _, name = key.partition("/")
         if kind in _SCORES:
             getattr(allocator, kind)[name] = tensor.to(device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(state[f"weights/{name}"])
     pattern = {key.partition("/")[2]: kept.tolist() for key, kept in state.items() if key.startswith("rank_pattern/")}
     allocator.peft_config.rank_pattern = pattern or None
 

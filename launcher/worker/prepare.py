@@ -325,6 +325,8 @@ def _tokenize(plan: Plan, tokenizer_dir: Path, into: Path) -> None:
             "allow longer rows: data.max_length=1024",
         )
     for name, part in (("train", train), ("eval", evaluation)):
+        if not part:
+            continue  # datasets writes an empty one but cannot read it back
         columns = {
             "input_ids": [tokens.input_ids for tokens in part],
             "labels": [tokens.labels for tokens in part],

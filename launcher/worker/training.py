@@ -153,6 +153,12 @@ class PlannedTrainer(Trainer):
             if self.plan.recipe.adapter.type == "adalora":
                 save_file(adapters.adalora_state(self.model), folder / _ADALORA_FILE)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.plan.recipe.adapter.type == "adalora":
+            adapters.load_adalora_state(self.model, load_file(Path(resume_from_checkpoint) / _ADALORA_FILE))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_rng_state(self, checkpoint_dir: str | None) -> None:
         """Random states of this rank; on another number of ranks there are none for it, and dropout draws others than before."""
         if checkpoint_dir is None:
@@ -169,8 +175,6 @@ class PlannedTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
         if checkpoint_dir is not None:
             checkpoint.read_optimizer(Path(checkpoint_dir), self.optimizer, self.lr_scheduler, self.model)
-            if self.plan.recipe.adapter.type == "adalora":
-                adapters.load_adalora_state(self.model, load_file(Path(checkpoint_dir) / _ADALORA_FILE))
 
 
 class Flow(TrainerCallback):

@@ -24,10 +24,11 @@ _MANY = 20
 
 @dataclass(frozen=True)
 class RawRow:
-    """A row as it stands in a file; `where` is file:line."""
+    """A row as it stands in a file; `where` is file:line, `problem` why it is no JSON."""
 
     where: str
     value: Any
+    problem: str | None = None
 
 
 class BadRowError(Exception):
@@ -44,7 +45,7 @@ def data_files(paths: str | Sequence[str]) -> list[Path]:
     for name in [paths] if isinstance(paths, str) else paths:
         path = Path(name)
         if path.is_dir():
-            inside = sorted(item for item in path.rglob("*") if item.suffix in _ENDINGS and item.is_file())
+            inside = sorted(item for item in path.rglob("*") if item.suffix.lower() in _ENDINGS and item.is_file())
             if not inside:
                 raise DataError(
                     f"data.path: {path}",
@@ -69,25 +70,27 @@ def read_conversations(data: Data, paths: str | Sequence[str]) -> tuple[list[lis
     """
     conversations: list[list[Message]] = []
     bad: list[str] = []
-    for file in data_files(paths):
-        for row in read_rows(file):
-            if data.max_rows is not None and len(conversations) >= data.max_rows:
-                break
-            try:
-                conversations.append(to_conversation(row.value, data))
-            except BadRowError as error:
-                bad.append(f"{row.where}  {error}")
+    shown_paths = paths if isinstance(paths, str) else ", ".join(paths)
+    for row in (row for file in data_files(paths) for row in read_rows(file)):
+        try:
+            if row.problem is not None:
+                raise BadRowError(row.problem)
+            conversations.append(to_conversation(row.value, data))
+        except BadRowError as error:
+            bad.append(f"{row.where}  {error}")
+        if len(conversations) == data.max_rows:
+            break
     if bad and data.bad_rows == "error":
         shown = "\n".join(f"    {line}" for line in bad[:_MANY])
         more = f"\n    … and {len(bad) - _MANY:,} more" if len(bad) > _MANY else ""
         raise DataError(
-            f"data.path: {paths if isinstance(paths, str) else ', '.join(paths)}",
+            f"data.path: {shown_paths}",
             f"{len(bad):,} bad row{'s' if len(bad) > 1 else ''}\n{shown}{more}",
             "mend them, or leave them out with: data.bad_rows=skip",
         )
     if not conversations:
         found = f"none of its {len(bad):,} rows can be used; the first: {bad[0]}" if bad else "holds no rows"
-        raise DataError(f"data.path: {paths}", found, "check data.path and data.format")
+        raise DataError(f"data.path: {shown_paths}", found, "check data.path and data.format")
     return conversations, bad
 
 
@@ -95,15 +98,16 @@ def read_rows(file: Path) -> Iterator[RawRow]:
     """The rows of one file with their places.
 
     Raises:
-        DataError: the file is no text, or no JSON, at a line that is named.
+        DataError: the file is no text, or an array that is no JSON, at a line that is named.
     """
-    if file.suffix == ".parquet":
+    ending = file.suffix.lower()
+    if ending == ".parquet":
         yield from _read_parquet(file)
         return
     text = _read_text(file)
-    if file.suffix == ".txt":
+    if ending == ".txt":
         yield from (
-            RawRow(f"{file}:{number}", {"text": line})
+            RawRow(f"{file}:{number}", {"text": line.removesuffix("\r")})
             for number, line in enumerate(text.split("\n"), 1)
             if line.strip()
         )
@@ -122,6 +126,13 @@ def to_conversation(value: Any, data: Data) -> list[Message]:
     if not isinstance(value, dict):
         raise BadRowError(f"is a {type(value).__name__}, not an object with fields")
     fields = data.fields
+    if data.format == "context_target":
+        return [
+            {"role": "user", "content": _text(value, fields.context)},
+            {"role": "assistant", "content": _text(value, fields.target)},
+        ]
+    if data.format == "text":
+        return [{"role": "text", "content": _text(value, fields.text)}]
     system = _text(value, fields.system, required=False) or data.system
     start: list[Message] = [{"role": "system", "content": system}] if system else []
     if data.format == "alpaca":
@@ -131,16 +142,9 @@ def to_conversation(value: Any, data: Data) -> list[Message]:
             "input": _text(value, fields.input, required=False),
         }
         return [*start, user, {"role": "assistant", "content": _text(value, fields.output)}]
-    if data.format == "context_target":
-        return [
-            {"role": "user", "content": _text(value, fields.context)},
-            {"role": "assistant", "content": _text(value, fields.target)},
-        ]
     if data.format == "prompt_response":
         user = {"role": "user", "content": _text(value, fields.prompt)}
         return [*start, user, {"role": "assistant", "content": _text(value, fields.response)}]
-    if data.format == "text":
-        return [{"role": "text", "content": _text(value, fields.text)}]
     return _messages(value, fields.messages, start)
 
 
@@ -152,12 +156,19 @@ def _messages(row: dict[str, Any], name: str, start: list[Message]) -> list[Mess
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict):
             raise BadRowError(f"{name}[{number}] is {_kind(turn)}, not an object with role and content")
-        role = _OTHER_NAMES.get(turn.get("role", turn.get("from")), turn.get("role", turn.get("from")))
+        written = turn.get("role", turn.get("from"))
+        role = _OTHER_NAMES.get(written, written) if isinstance(written, str) else written
         if role not in _ROLES:
             raise BadRowError(f"{name}[{number}].role is {role!r}, not one of {', '.join(_ROLES)}")
-        messages.append({"role": role, "content": _text(turn, "content" if "content" in turn else "value")})
+        try:
+            content = _text(turn, "value" if "value" in turn and "content" not in turn else "content")
+        except BadRowError as error:
+            raise BadRowError(f"{name}[{number}]: {error}") from None
+        messages.append({"role": role, "content": content})
     if not any(message["role"] == "assistant" for message in messages):
         raise BadRowError(f"field {name!r} has no message of the assistant: nothing to learn")
+    if next(message["role"] for message in messages if message["role"] != "system") == "assistant":
+        raise BadRowError("the first message is of the assistant: no question stands before it")
     if messages[-1]["role"] != "assistant":
         raise BadRowError(f"the last message is of the {messages[-1]['role']}, not of the assistant")
     return messages if messages[0]["role"] == "system" else [*start, *messages]
@@ -221,14 +232,14 @@ def _skip(text: str, position: int) -> int:
 
 
 def _read_lines(file: Path, text: str) -> Iterator[RawRow]:
-    """One object a line; a file that is a single object over many lines is one row."""
+    """One object a line."""
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             yield RawRow(f"{file}:{number}", json.loads(line))
         except json.JSONDecodeError as error:
-            raise _no_json(file, number, error.msg) from None
+            yield RawRow(f"{file}:{number}", None, f"is no valid JSON: {error.msg}")
 
 
 def _no_json(file: Path, line: int, message: str) -> DataError:
@@ -246,5 +257,5 @@ def _read_parquet(file: Path) -> Iterator[RawRow]:
             for value in batch.to_pylist():
                 number += 1
                 yield RawRow(f"{file}:row {number}", value)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"data.path: {file}", f"is no valid Parquet: {error}", "write it again") from None

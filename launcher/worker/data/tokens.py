@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from launcher.errors import DataError
 from launcher.families import template as named_template
 from launcher.worker.data.rows import Message
@@ -60,10 +62,13 @@ class Prompter:
         ids, labels = self._assemble(messages)
         if len(ids) <= max_length:
             return Tokens(ids, labels, cut=False)
-        prompt_length = next((place for place, label in enumerate(labels) if label != IGNORED), len(ids))
-        room = max_length - max(1, max_length // 4)
-        if prompt_length > room and len(messages) > 1:
-            ids, labels = self._assemble(self._shortened(messages, prompt_length - room))
+        before, prompt_length = len(ids) + 1, _num_before_answer(labels)
+        room = max_length - min(len(ids) - prompt_length, max(1, max_length // 4))
+        # Once for every long field; a template alone that is longer than the room ends it.
+        while room < prompt_length < before and len(messages) > 1:
+            messages = self._shortened(messages, prompt_length - room)
+            ids, labels = self._assemble(messages)
+            before, prompt_length = prompt_length, _num_before_answer(labels)
         return Tokens(ids[:max_length], labels[:max_length], cut=True)
 
     def _assemble(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
@@ -88,28 +93,40 @@ class Prompter:
         """Ids before everything, and ids before every answer."""
         if self.named is None:
             return [], []  # a chat template writes its own
+        before_answer = self._ids_of(self.named.answer_tokens)
         if self.named.prefix_tokens:
-            named = [
-                self.tokenizer.convert_tokens_to_ids(list(names))
-                for names in (self.named.prefix_tokens, self.named.answer_tokens)
-            ]
-            return named[0], named[1]
+            return self._ids_of(self.named.prefix_tokens), before_answer
         added: list[int] = self.tokenizer("")["input_ids"]
-        return [token for token in added if token != self.tokenizer.eos_token_id], []
+        return [token for token in added if token not in (self.tokenizer.eos_token_id, *before_answer)], before_answer
+
+    def _ids_of(self, names: Sequence[str]) -> list[int]:
+        """The ids of special tokens.
+
+        Raises:
+            DataError: the tokenizer has none of that name.
+        """
+        ids: list[int] = self.tokenizer.convert_tokens_to_ids(list(names))
+        missing = [name for name, token in zip(names, ids, strict=True) if token in (None, self.tokenizer.unk_token_id)]
+        if missing:
+            found = f"the tokenizer has no token {' and no token '.join(missing)}"
+            raise DataError(
+                f"data.template: {self.template}", found, "write data.template=auto, or name another template"
+            )
+        return ids
 
     def _shortened(self, messages: Sequence[Message], excess: int) -> list[Message]:
-        """The conversation with `excess` tokens less in its longest question (or its input)."""
-        first_answer = next(place for place, message in enumerate(messages) if message["role"] == "assistant")
-        place, name = max(
-            (
-                (place, name)
-                for place in range(first_answer)
-                for name in ("content", "input")
-                if messages[place].get(name)
-            ),
-            key=lambda at: len(messages[at[0]][at[1]]),
-        )
-        ids = self.tokenizer(messages[place][name], add_special_tokens=False)["input_ids"]
+        """The conversation with `excess` tokens less in the longest text (or its input) before the first learned answer."""
+        answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        learned = answers[-1 if self.named is not None and self.named.supervise == "last" else 0]
+        encoded: dict[tuple[int, str], list[int]] = {
+            (place, name): self.tokenizer(messages[place][name], add_special_tokens=False)["input_ids"]
+            for place in range(learned)
+            for name in ("content", "input")
+            if messages[place].get(name)
+        }
+        if not encoded:
+            return list(messages)
+        (place, name), ids = max(encoded.items(), key=lambda item: len(item[1]))
         # A few more go, because the cut end may be encoded in more pieces.
         kept = self.tokenizer.decode(ids[: max(1, len(ids) - excess - 4)], skip_special_tokens=True)
         changed = {**messages[place], name: kept.rstrip("�")}
@@ -138,7 +155,19 @@ class Prompter:
         return segments
 
     def _render(self, messages: list[Message], generation: bool) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise DataError(
+                "data.template: chat",
+                f"the tokenizer's chat template refuses a conversation of {roles}: {error}",
+                "name a template of your own choice, e.g. data.template=alpaca",
+            ) from None
+
+
+def _num_before_answer(labels: Sequence[int]) -> int:
+    return next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))
 
 
 def _with_input(message: Message) -> str:

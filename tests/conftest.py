@@ -1,0 +1,28 @@
+"""What all tests share: `pytest --update-golden` writes tests/golden/*.txt anew, to be read in the diff."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="Write tests/golden/*.txt anew instead of comparing.")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """`golden(name, text)`: the text is that of tests/golden/<name>.txt, word for word."""
+
+    def compare(name: str, text: str) -> None:
+        file = GOLDEN / f"{name}.txt"
+        if request.config.getoption("--update-golden"):
+            file.write_text(text, encoding="utf-8")
+        assert file.is_file(), f"{file} is missing: pytest --update-golden writes it"
+        assert text == file.read_text(encoding="utf-8"), f"{file} differs; if that is meant: pytest --update-golden"
+
+    return compare

@@ -1,0 +1,488 @@
+"""What launcher/plan.py decides, why, and what it refuses: shapes from the shipped catalogue, hardware by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from launcher.cluster import GIB, resolve_cluster
+from launcher.errors import DoesNotFitError, RecipeError
+from launcher.modelshape import shape_of
+from launcher.plan import Plan, budget_bytes, identity, make_plan, steps_per_epoch, total_steps
+from launcher.recipe import Recipe, load_recipe
+
+SMALL = "Qwen/Qwen2.5-0.5B"
+SEVEN = "Qwen/Qwen2.5-7B-Instruct"
+BLOOM = {"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 256}
+
+
+@pytest.fixture(autouse=True)
+def _a_bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A host of 64 GiB whose hub cache is empty."""
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
+    monkeypatch.setattr("launcher.cluster.host_memory_bytes", lambda: 64 * GIB)
+
+
+def values(hardware: str | Sequence[str], **sections: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as plain values: a small model on `hardware`, with these sections."""
+    model = sections.get("model", {})
+    named = "config" in model or "path" in model
+    sections["model"] = model if named else {"path": SMALL, **model}
+    sections["data"] = {"path": "/data/rows.json", **sections.get("data", {})}
+    return {"hardware": hardware, **sections}
+
+
+def planned(hardware: str | Sequence[str], **sections: dict[str, Any]) -> Plan:
+    """The plan of such a recipe."""
+    return plan_of(Recipe.model_validate(values(hardware, **sections)))
+
+
+def plan_of(recipe: Recipe) -> Plan:
+    return make_plan("test", recipe, resolve_cluster(recipe.hardware), shape_of(recipe.model, Path("/")))
+
+
+def refused(hardware: str | Sequence[str], **sections: dict[str, Any]) -> dict[str, str]:
+    """The problems that stand against such a recipe: key -> message."""
+    with pytest.raises(RecipeError) as caught:
+        planned(hardware, **sections)
+    assert caught.value.exit_code == 2
+    return {problem.key: problem.message for problem in caught.value.problems}
+
+
+def because(plan: Plan, key: str) -> str | None:
+    """The reason of a decision, None where nothing was decided."""
+    return next((decision.because for decision in plan.decisions if decision.key == key), None)
+
+
+# strategy
+
+
+@pytest.mark.parametrize(
+    ("hardware", "strategy", "num_processes", "reason"),
+    [
+        ("A800-80GB", "single", 1, "there is one device"),
+        ("8xA800-80GB", "ddp", 8, "a copy of the model on each of 8 devices is fastest where it fits"),
+        ("1xcpu", "single", 1, "there is one device"),
+        ("2xcpu", "ddp", 2, "a copy of the model on each of 2 devices is fastest where it fits"),
+    ],
+)
+def test_strategy_follows_the_number_of_devices(hardware: str, strategy: str, num_processes: int, reason: str) -> None:
+    plan = planned(hardware)
+    assert (plan.strategy, plan.num_processes) == (strategy, num_processes)
+    assert because(plan, "strategy.type") == reason
+
+
+def test_a_strategy_that_was_asked_for_is_no_decision() -> None:
+    plan = planned("8xA800-80GB", strategy={"type": "zero3"})
+    assert (plan.strategy, plan.num_processes) == ("zero3", 8)
+    assert because(plan, "strategy.type") is None
+
+
+def test_single_is_refused_on_several_devices() -> None:
+    assert refused("2xRTX 3090", strategy={"type": "single"}) == {
+        "strategy.type": "single uses one device, the hardware has 2. Set strategy.type=ddp, or add --nproc 1"
+    }
+
+
+def test_python_is_refused_on_several_devices() -> None:
+    assert refused("2xRTX 3090", launch={"backend": "python"}) == {
+        "launch.backend": "python starts one process, the hardware has 2 devices. Set launch.backend=torchrun"
+    }
+
+
+def test_a_naive_device_map_is_one_process_with_the_memory_of_all_devices() -> None:
+    plan = planned(
+        ["RTX 3060 Ti 8GiB reserved=921MiB", "RTX 3060 12GiB"],
+        model={"path": "THUDM/chatglm2-6b"},
+        data={"max_length": 256},
+        strategy={"type": "device_map", "device_map": "2gpu-mixed"},
+        train={"global_batch": 4},
+    )
+    assert plan.num_processes == 1
+    assert budget_bytes(plan.strategy, plan.cluster) == 20 * GIB - 921 * 2**20
+    assert plan.memory.total_bytes > 12 * GIB, "more than either card has"
+    assert not plan.gradient_checkpointing, "the batch is chosen for both cards, not for the smaller one"
+
+
+def test_ddp_on_unlike_cards_is_planned_for_the_smaller_one() -> None:
+    plan = planned(["RTX 3060 Ti 8GiB reserved=921MiB", "RTX 3060 12GiB"])
+    assert budget_bytes(plan.strategy, plan.cluster) == 8 * GIB - 921 * 2**20
+    assert plan.memory.total_bytes <= 8 * GIB - 921 * 2**20
+
+
+# dtype
+
+
+@pytest.mark.parametrize(
+    ("hardware", "path", "dtype", "reason"),
+    [
+        ("V100-32GB", SMALL, "fp16", "V100-32GB has no bf16"),
+        ("A800-80GB", SMALL, "bf16", "every card has it and it needs no loss scaling"),
+        ("2xcpu", SMALL, "fp32", "a CPU computes it fastest"),
+        (["A800-80GB", "V100-32GB"], SMALL, "fp16", "V100-32GB has no bf16"),
+        ("A800-80GB", "THUDM/chatglm-6b", "fp16", "the model's own code loses positions in bf16 (chatglm)"),
+        ("A800-80GB", "THUDM/chatglm2-6b", "fp16", "the model's own code loses positions in bf16 (chatglm2)"),
+        ("A800-80GB", "THUDM/chatglm3-6b", "bf16", "every card has it and it needs no loss scaling"),
+    ],
+)
+def test_dtype_follows_device_and_model(hardware: str | list[str], path: str, dtype: str, reason: str) -> None:
+    plan = planned(hardware, model={"path": path})
+    assert plan.dtype == plan.weights_dtype == dtype
+    assert because(plan, "model.dtype") == reason
+
+
+@pytest.mark.parametrize(
+    ("hardware", "path", "dtype", "message"),
+    [
+        ("V100-32GB", SMALL, "bf16", "V100-32GB has no bf16. Set model.dtype=fp16"),
+        (
+            "2xcpu",
+            SMALL,
+            "fp16",
+            "fp16 does not train on a CPU: gradients are scaled by a GPU kernel. Set model.dtype=fp32",
+        ),
+        (
+            "A800-80GB",
+            "THUDM/chatglm2-6b",
+            "bf16",
+            "the own code of chatglm2 computes positions in bf16 and loses some. Set model.dtype=fp16",
+        ),
+    ],
+)
+def test_a_dtype_that_cannot_work_is_refused(hardware: str, path: str, dtype: str, message: str) -> None:
+    assert refused(hardware, model={"path": path, "dtype": dtype}) == {"model.dtype": message}
+
+
+@pytest.mark.parametrize("strategy", ["single", "device_map"])
+def test_full_training_keeps_weights_in_fp32(strategy: str) -> None:
+    section = {"type": strategy, "device_map": "any"} if strategy == "device_map" else {"type": strategy}
+    plan = planned("A800-80GB", adapter={"type": "full"}, strategy=section)
+    assert (plan.dtype, plan.weights_dtype) == ("bf16", "fp32")
+    assert because(plan, "weights") == "bf16 alone loses small updates of trained weights"
+    assert plan.targets == ()
+    assert plan.trainable_parameters == plan.shape.num_parameters
+
+
+# batch
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"global_batch": 100}, "100 is no multiple of 8 ranks. Nearest that are: 96, 104"),
+        ({"global_batch": 3}, "3 is no multiple of 8 ranks. Nearest that are: 8"),
+        (
+            {"global_batch": 104, "micro_batch": 4},
+            "104 is no multiple of 8 ranks × micro batch 4. Nearest that are: 96, 128",
+        ),
+        (
+            {"global_batch": 8, "micro_batch": 4},
+            "8 is no multiple of 8 ranks × micro batch 4. Nearest that are: 32",
+        ),
+    ],
+)
+def test_a_global_batch_that_does_not_divide_is_refused_with_the_nearest(train: dict[str, int], message: str) -> None:
+    assert refused("8xA800-80GB", train=train) == {"train.global_batch": message}
+
+
+@pytest.mark.parametrize("hardware", ["8xA800-80GB", "2xRTX 3060 12GiB", "RTX 2080 Ti", "2xcpu"])
+@pytest.mark.parametrize("global_batch", [16, 48, 640])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_micro_batch_divides_and_is_the_largest_that_fits(
+    hardware: str, global_batch: int, checkpointing: bool
+) -> None:
+    train = {"global_batch": global_batch, "gradient_checkpointing": checkpointing}
+    plan = planned(hardware, train=train)
+    assert plan.micro_batch * plan.accumulation * plan.num_processes == plan.global_batch == global_batch
+    budget = budget_bytes(plan.strategy, plan.cluster)
+    assert plan.memory.total_bytes <= budget
+    rows = global_batch // plan.num_processes
+    largest = min(rows, 64 if plan.kind == "cuda" else 8)
+    for size in (size for size in range(plan.micro_batch + 1, largest + 1) if rows % size == 0):
+        with pytest.raises(DoesNotFitError):
+            planned(hardware, train={**train, "micro_batch": size})
+
+
+def test_the_same_step_survives_other_hardware() -> None:
+    train = {"global_batch": 64}
+    plans = [planned(hardware, train=train) for hardware in ("A800-80GB", "8xA800-80GB", "4xT4", "2xcpu")]
+    assert {plan.global_batch for plan in plans} == {64}
+    assert len({json.dumps(identity(plan), sort_keys=True) for plan in plans}) == 1
+
+
+def test_a_micro_batch_that_was_asked_for_is_no_decision() -> None:
+    plan = planned("A800-80GB", train={"micro_batch": 2, "global_batch": 16})
+    assert (plan.micro_batch, plan.accumulation) == (2, 8)
+    assert because(plan, "train.micro_batch") is None
+
+
+def test_the_reason_of_the_micro_batch_names_the_room() -> None:
+    plan = planned("A800-80GB", model={"path": SEVEN}, data={"max_length": 512}, train={"global_batch": 64})
+    assert because(plan, "train.micro_batch") == (
+        "the largest that fits 80.0 GiB without gradient checkpointing, at most 64, and divides the global batch"
+    )
+
+
+# gradient checkpointing
+
+
+def test_activations_are_kept_where_they_fit() -> None:
+    plan = planned("A800-80GB")
+    assert not plan.gradient_checkpointing
+    assert because(plan, "train.gradient_checkpointing") == "everything fits without computing layers twice"
+
+
+def test_activations_are_computed_again_where_they_do_not_fit() -> None:
+    section = {"global_batch": 8, "micro_batch": 8}
+    plan = planned("RTX 3090", model={"path": SEVEN, "quantization": "nf4"}, data={"max_length": 512}, train=section)
+    assert plan.gradient_checkpointing
+    assert because(plan, "train.gradient_checkpointing") == "activations do not fit without"
+    with pytest.raises(DoesNotFitError):
+        planned(
+            "RTX 3090",
+            model={"path": SEVEN, "quantization": "nf4"},
+            data={"max_length": 512},
+            train={**section, "gradient_checkpointing": False},
+        )
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_checkpointing_that_was_asked_for_is_no_decision(asked: bool) -> None:
+    plan = planned("A800-80GB", train={"gradient_checkpointing": asked})
+    assert plan.gradient_checkpointing is asked
+    assert because(plan, "train.gradient_checkpointing") is None
+
+
+# rows and targets
+
+
+def test_packing_is_refused_where_rows_would_see_each_other() -> None:
+    assert refused("2xcpu", model={"config": BLOOM}, data={"batching": "packed"}) == {
+        "data.batching": "rows packed together would see each other in bloom, which ignores position ids. "
+        "Set data.batching=bucketed"
+    }
+
+
+def test_packing_is_planned_where_the_family_can() -> None:
+    plan = planned("2xcpu", data={"batching": "packed"})
+    assert plan.batching == "packed"
+    assert because(plan, "data.batching") is None
+
+
+def test_batching_is_bucketed_unless_asked_otherwise() -> None:
+    plan = planned("2xcpu")
+    assert plan.batching == "bucketed"
+    assert because(plan, "data.batching") == "rows of like length leave little padding in every family"
+
+
+def test_targets_that_match_nothing_are_named_with_those_there_are() -> None:
+    model = {"path": "THUDM/chatglm2-6b"}
+    assert refused("A800-80GB", model=model, adapter={"targets": ["query", "value"]}) == {
+        "adapter.targets": "query, value match nothing in THUDM/chatglm2-6b. "
+        "It has: query_key_value, dense, dense_h_to_4h, dense_4h_to_h"
+    }
+
+
+def test_only_the_targets_that_match_nothing_are_named() -> None:
+    message = refused("2xcpu", adapter={"targets": ["q_proj", "W_pack"]})["adapter.targets"]
+    assert message.startswith(f"W_pack match nothing in {SMALL}. It has: q_proj, k_proj, ")
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "reason"),
+    [
+        ({"path": SMALL}, ("q_proj", "v_proj"), "the attention projections of qwen2"),
+        ({"path": "THUDM/chatglm-6b"}, ("query_key_value",), "the attention projections of chatglm"),
+        ({"config": BLOOM}, ("query_key_value",), "the attention projections of bloom"),
+    ],
+)
+def test_targets_follow_the_family(model: dict[str, Any], targets: tuple[str, ...], reason: str) -> None:
+    plan = planned("A800-80GB", model=model)
+    assert plan.targets == targets
+    assert because(plan, "adapter.targets") == reason
+
+
+def test_a_family_that_is_not_known_gets_adapters_everywhere() -> None:
+    config = {
+        "model_type": "novel", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "vocab_size": 256,
+    }  # fmt: skip
+    plan = planned("2xcpu", model={"config": config})
+    assert plan.targets == "all-linear"
+    assert because(plan, "adapter.targets") == "novel is no family known here"
+
+
+def test_a_template_that_is_not_there_is_named_with_those_there_are() -> None:
+    message = refused("2xcpu", data={"template": "alpacca"})["data.template"]
+    assert message.startswith("there is no template 'alpacca'. There are: auto, chat, plain, alpaca, ")
+
+
+def test_all_problems_come_at_once() -> None:
+    problems = refused(
+        "V100-32GB",
+        model={"path": "THUDM/chatglm2-6b", "dtype": "bf16"},
+        data={"batching": "packed", "template": "none"},
+        adapter={"targets": ["query"]},
+        train={"global_batch": 6, "micro_batch": 4},
+    )
+    assert set(problems) == {"data.template", "model.dtype", "adapter.targets", "data.batching", "train.global_batch"}
+
+
+# what does not fit
+
+
+@pytest.mark.parametrize(
+    ("hardware", "sections", "offered"),
+    [
+        (
+            "RTX 3090",
+            {"model": {"path": SEVEN}, "data": {"max_length": 512}, "train": {"micro_batch": 8}},
+            {"train.micro_batch=1", "model.quantization=int8", "model.quantization=nf4"},
+        ),
+        (
+            "8xA800-80GB",
+            {"model": {"path": SEVEN}, "adapter": {"type": "full"}},
+            {"adapter.type=lora", "strategy.type=zero3"},
+        ),
+        (
+            "RTX 3090",
+            {"data": {"max_length": 4096}, "train": {"micro_batch": 8, "gradient_checkpointing": False}},
+            {"train.micro_batch=1"},
+        ),
+        (
+            ["RTX 3060 Ti", "RTX 3060 12GiB"],
+            {
+                "model": {"path": SEVEN},
+                "adapter": {"type": "full"},
+                "strategy": {"type": "device_map", "device_map": "any", "schedule": "pipelined"},
+            },
+            {"adapter.type=lora"},
+        ),
+    ],
+)
+def test_every_remedy_plans_as_it_is_typed(
+    hardware: str | list[str], sections: dict[str, Any], offered: set[str], tmp_path: Path
+) -> None:
+    with pytest.raises(DoesNotFitError) as caught:
+        planned(hardware, **sections)
+    assert caught.value.exit_code == 3
+    first, *lines = caught.value.to_type.splitlines()
+    assert first == "fits, least change first:"
+    remedies = {line.split()[0]: float(line.split()[1]) for line in lines}
+    assert offered <= set(remedies)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(values(hardware, **sections)), encoding="utf-8")
+    for override, gib in remedies.items():
+        plan = plan_of(load_recipe(file, [override]).recipe)
+        assert plan.memory.total_bytes / GIB == pytest.approx(gib, abs=0.051)
+        assert plan.memory.total_bytes <= budget_bytes(plan.strategy, plan.cluster)
+
+
+def test_what_does_not_fit_says_what_takes_most() -> None:
+    with pytest.raises(DoesNotFitError) as caught:
+        planned("RTX 3060 Ti 8GiB reserved=921MiB", model={"path": SEVEN})
+    assert caught.value.you_set == "test on hardware: RTX 3060 Ti 8GiB reserved=921MiB"
+    assert (
+        "GiB needed on a device with 7.1 GiB free (RTX 3060 Ti); largest part: weights 14.2 GiB" in caught.value.found
+    )
+
+
+def test_a_device_map_that_does_not_fit_counts_all_devices() -> None:
+    strategy = {"type": "device_map", "device_map": "any"}
+    with pytest.raises(DoesNotFitError) as caught:
+        planned(["RTX 3060 Ti", "RTX 3060 12GiB"], model={"path": SEVEN}, adapter={"type": "full"}, strategy=strategy)
+    assert "on 2 devices with 20.0 GiB free together (RTX 3060 Ti + RTX 3060 12GB)" in caught.value.found
+
+
+def test_where_no_single_change_helps_none_is_offered() -> None:
+    with pytest.raises(DoesNotFitError) as caught:
+        planned("RTX 3060 Ti", model={"path": "meta-llama/Llama-3.1-8B"}, adapter={"type": "full"})
+    assert caught.value.to_type == "no single change makes it fit: use a smaller model or more memory"
+
+
+def test_a_row_of_few_tokens_is_not_cut_further() -> None:
+    sections = {"model": {"path": SEVEN}, "data": {"max_length": 8}}
+    with pytest.raises(DoesNotFitError) as caught:
+        planned("RTX 3060 12GiB", **sections)
+    assert "data.max_length" not in caught.value.to_type
+
+
+# the plan itself
+
+
+def test_a_plan_is_frozen() -> None:
+    plan = planned("2xcpu")
+    with pytest.raises(ValidationError):
+        plan.micro_batch = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"adapter": {"targets": "all-linear"}},
+        {"adapter": {"type": "adalora", "init_r": 12, "targets": ["q_proj", "v_proj"]}},
+        {"adapter": {"type": "full"}, "checkpoint": {"keep": 3}},
+        {"model": {"config": BLOOM}},
+        {"data": {"path": ["/data/a.json", "/data/b.json"], "eval": {"rows": 5}}, "train": {"early_stopping": {}}},
+    ],
+    ids=["defaults", "all-linear", "adalora", "full", "config", "early stopping"],
+)
+def test_json_reads_back_as_it_was_written(sections: dict[str, Any]) -> None:
+    plan = planned("2xcpu", **sections)
+    assert Plan.model_validate_json(plan.model_dump_json(by_alias=True)) == plan
+
+
+@pytest.mark.parametrize(
+    ("sections", "same"),
+    [
+        ({}, True),
+        ({"train": {"lr": 5e-5, "epochs": 9}}, True),
+        ({"adapter": {"targets": ["q_proj", "v_proj"]}}, True),
+        ({"checkpoint": {"keep": 5}}, True),
+        ({"adapter": {"r": 16}}, False),
+        ({"adapter": {"type": "adalora"}}, False),
+        ({"adapter": {"type": "adalora", "init_r": 16}}, False),
+        ({"adapter": {"targets": "all-linear"}}, False),
+        ({"train": {"seed": 1}}, False),
+        ({"train": {"global_batch": 64}}, False),
+        ({"data": {"batching": "padded"}}, False),
+        ({"model": {"path": "Qwen/Qwen2.5-1.5B"}}, False),
+    ],
+)
+def test_identity_is_what_a_checkpoint_depends_on(sections: dict[str, Any], same: bool) -> None:
+    assert (identity(planned("2xcpu")) == identity(planned("2xcpu", **sections))) is same
+
+
+def test_identity_holds_the_rank_that_adalora_starts_with() -> None:
+    first, second = (planned("2xcpu", adapter={"type": "adalora", "init_r": rank}) for rank in (12, 16))
+    assert identity(first) != identity(second)
+
+
+def test_identity_survives_json() -> None:
+    """The manifest of a checkpoint holds it."""
+    found = identity(planned("2xcpu"))
+    assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize(
+    ("train", "num_rows", "an_epoch", "in_all"),
+    [
+        ({"epochs": 3, "global_batch": 640}, 49_847, 78, 234),
+        ({"epochs": 0.5, "global_batch": 16}, 100, 7, 4),
+        ({"epochs": 1, "global_batch": 16, "max_steps": 5}, 100, 7, 5),
+        ({"epochs": 0.01, "global_batch": 16}, 20, 2, 1),
+    ],
+)
+def test_steps_are_counted_from_rows(train: dict[str, Any], num_rows: int, an_epoch: int, in_all: int) -> None:
+    """The first is the write-up's own count: 49,847 rows, 234 steps."""
+    plan = planned("A800-80GB", train=train)
+    assert steps_per_epoch(plan, num_rows) == an_epoch
+    assert total_steps(plan, num_rows) == in_all

@@ -1,0 +1,242 @@
+"""The real worker on real gloo ranks: what is trained, and that it is the same however it is spread or interrupted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from launcher import manifest
+from launcher.errors import PreflightError
+from launcher.worker.training import rounds_without_gain
+from tests.worker.conftest import Job
+
+
+def copy_until(source: Job, job: Job, step: int) -> None:
+    """What an interruption just after `step` would have left."""
+    job.folder.mkdir(parents=True)
+    shutil.copytree(source.run.checkpoints, job.run.checkpoints)
+    for folder in manifest.folders(job.run):
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+
+
+def weights(job: Job, step: int) -> Path:
+    return job.run.checkpoints / f"step-{step}" / "adapter_model.safetensors"
+
+
+def test_a_run_learns_and_leaves_everything(finished: Job) -> None:
+    evals = [event["loss"] for event in finished.events("eval")]
+    assert [event["step"] for event in finished.events("eval")] == [0, 4, 8]
+    assert evals[-1] < evals[0] - 0.1
+    assert [folder.name for folder in manifest.folders(finished.run)] == ["step-8", "step-4"]
+    newest, skipped = manifest.newest_valid(finished.run)
+    assert newest is not None
+    assert newest.manifest is not None
+    assert not skipped
+    assert newest.manifest.eval_loss == pytest.approx(evals[-1])
+    assert {"optimizer-rank0.safetensors", "optimizer-rank1.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= set(
+        newest.manifest.files
+    )
+    assert newest.manifest.world["num_processes"] == 2
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_to_the_last_bit(finished: Job, job: Job) -> None:
+    copy_until(finished, job, 4)
+    assert job.start(resume=True) == [0, 0], job.logs()
+    assert sorted(job.losses()) == [5, 6, 7, 8]
+    assert job.losses() == {step: finished.losses()[step] for step in (5, 6, 7, 8)}
+    assert weights(job, 8).read_bytes() == weights(finished, 8).read_bytes()
+
+
+def test_resuming_in_the_middle_of_an_accumulated_epoch_is_exact(job: Job, tmp_path: Path) -> None:
+    settings = (
+        "train.global_batch=12",
+        "train.micro_batch=2",
+        "checkpoint.every_steps=3",
+        "train.max_steps=6",
+        "data.batching=padded",
+    )
+    whole = Job(job.server, job.recipe, tmp_path / "whole")
+    assert whole.start(*settings) == [0, 0], whole.logs()
+    copy_until(whole, job, 3)
+    assert job.start(*settings, resume=True) == [0, 0], job.logs()
+    assert job.losses() == {step: whole.losses()[step] for step in (4, 5, 6)}
+    assert weights(job, 6).read_bytes() == weights(whole, 6).read_bytes()
+
+
+def test_one_rank_and_two_ranks_and_four_compute_the_same(job: Job, tmp_path: Path) -> None:
+    settings = ("adapter.dropout=0", "model.config.attention_dropout=0.0", "train.max_steps=4")
+    curves = []
+    for hardware in ("1xcpu", "2xcpu", "4xcpu"):
+        other = Job(job.server, job.recipe, tmp_path / hardware)
+        assert set(other.start(*settings, f"hardware={hardware}")) == {0}, other.logs()
+        curves.append(list(other.losses().values()) + [event["loss"] for event in other.events("eval")])
+    assert curves[1] == pytest.approx(curves[0], abs=2e-5)
+    assert curves[2] == pytest.approx(curves[0], abs=2e-5)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(finished: Job, job: Job) -> None:
+    copy_until(finished, job, 4)
+    assert job.start("hardware=1xcpu", resume=True) == [0], job.logs()
+    assert sorted(job.losses()) == [5, 6, 7, 8]
+    # Dropout draws other numbers, so the curves agree only roughly; the optimizer's state is there or they would not.
+    assert list(job.losses().values()) == pytest.approx([finished.losses()[step] for step in (5, 6, 7, 8)], abs=0.1)
+    assert "another number of ranks" in job.logs()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("adapter.type=rslora",),
+        ("adapter.type=dora",),
+        ("adapter.type=full", "train.lr=1e-3"),
+        ("adapter.modules_to_save=[embed_tokens, lm_head]",),
+        ("adapter.targets=[q_proj, v_proj]", "train.gradient_checkpointing=true"),
+        ("data.batching=packed",),
+        ("model.dtype=bf16",),
+        ("train.schedule=constant", "train.optimizer=adamw_8bit"),
+        # The CPU kernels of bitsandbytes work on blocks of 64.
+        (
+            "model.quantization=nf4",
+            "train.gradient_checkpointing=true",
+            "model.config.hidden_size=64",
+            "model.config.intermediate_size=128",
+        ),
+        ("model.quantization=int8",),
+    ],
+    ids=lambda settings: settings[0],
+)
+def test_every_way_to_train_lowers_the_loss(job: Job, settings: tuple[str, ...]) -> None:
+    overrides = (*settings, "hardware=1xcpu", "train.max_steps=6", "train.micro_batch=4")
+    if any("quantization" in text or "8bit" in text for text in settings):
+        pytest.importorskip("bitsandbytes", reason="quantised bases need the extra bitsandbytes")
+    assert job.start(*overrides) == [0], job.logs()
+    evals = [event["loss"] for event in job.events("eval")]
+    assert evals[-1] < evals[0]
+
+
+def test_adalora_takes_ranks_away_and_resumes_exactly(job: Job, tmp_path: Path) -> None:
+    settings = (
+        "adapter.type=adalora",
+        "adapter.r=2",
+        "adapter.init_r=6",
+        "train.max_steps=12",
+        "hardware=1xcpu",
+        "checkpoint.every_steps=6",
+    )
+    whole = Job(job.server, job.recipe, tmp_path / "whole")
+    assert whole.start(*settings) == [0], whole.logs()
+    ranks = scalars(whole, "adalora/ranks")
+    num_modules = 14  # seven linear layers in each of two layers
+    assert ranks[0] <= 6 * num_modules
+    assert ranks[-1] <= 2 * num_modules
+    config = json.loads((whole.run.checkpoints / "step-12" / "adapter_config.json").read_text())
+    assert sum(map(sum, config["rank_pattern"].values())) == ranks[-1]
+    copy_until(whole, job, 6)
+    assert job.start(*settings, resume=True) == [0], job.logs()
+    assert job.losses() == {step: whole.losses()[step] for step in range(7, 13)}
+    assert weights(job, 12).read_bytes() == weights(whole, 12).read_bytes()
+
+
+def test_full_training_resumes_exactly_from_sharded_weights(job: Job, tmp_path: Path) -> None:
+    settings = ("adapter.type=full", "train.lr=1e-3", "train.max_steps=4", "checkpoint.every_steps=2", "hardware=1xcpu")
+    whole = Job(job.server, job.recipe, tmp_path / "whole")
+    assert whole.start(*settings) == [0], whole.logs()
+    copy_until(whole, job, 2)
+    assert job.start(*settings, resume=True) == [0], job.logs()
+    assert job.losses() == {step: whole.losses()[step] for step in (3, 4)}
+
+
+def test_tensorboard_has_what_people_look_for(finished: Job) -> None:
+    board = EventAccumulator(str(finished.run.tensorboard)).Reload()
+    tags = set(board.Tags()["scalars"])
+    per_rank = {
+        f"{name}_{rank}" for rank in (0, 1) for name in ("speed_per_rank/tokens_per_second", "memory_per_rank/peak_gib")
+    }
+    assert tags >= {
+        "train/loss", "train/learning_rate", "train/grad_norm", "speed/tokens_per_second", "speed/padding_share", "eval/loss", *per_rank
+    }  # fmt: skip
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 9))
+    assert {tag.partition("/")[0] for tag in board.Tags()["tensors"]} >= {"recipe", "plan"}
+    assert len(list(finished.run.tensorboard.glob("events*"))) <= 2, (
+        "one writer, and one more file for the table of settings"
+    )
+
+
+def scalars(job: Job, tag: str) -> list[float]:
+    board = EventAccumulator(str(job.run.tensorboard)).Reload()
+    return [event.value for event in board.Scalars(tag)]
+
+
+def test_early_stopping_ends_the_run_and_keeps_the_best(job: Job) -> None:
+    settings = (
+        "train.lr=0.5",
+        "train.warmup=4",
+        "train.max_steps=40",
+        "train.eval_every_steps=2",
+        "train.early_stopping.patience=2",
+    )
+    assert job.start(*settings, "hardware=1xcpu", "checkpoint.keep=1", "checkpoint.every_steps=100") == [0], job.logs()
+    evals = [event["loss"] for event in job.events("eval")]
+    assert len(evals) < 20, "it ended before the last step"
+    assert rounds_without_gain(evals, 0.0) == 2
+    best = manifest.best_first(job.run)[0]
+    assert best[0] == pytest.approx(min(evals[1:]))
+    assert manifest.verify(best[1]).problem is None
+
+
+def test_keep_counts_complete_checkpoints(job: Job) -> None:
+    assert job.start(
+        "checkpoint.every_steps=1", "checkpoint.keep=2", "train.max_steps=5", "data.eval=null", "hardware=1xcpu"
+    ) == [0], job.logs()
+    assert [folder.name for folder in manifest.folders(job.run)] == ["step-5", "step-4"]
+    assert not [path for path in job.run.checkpoints.iterdir() if path.name.startswith(".")]
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_left(finished: Job, job: Job) -> None:
+    copy_until(finished, job, 8)
+    damaged = job.run.checkpoints / "step-8" / "optimizer-rank1.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    assert job.start(resume=True) == [0, 0], job.logs()
+    assert sorted(job.losses()) == [5, 6, 7, 8]
+    assert (job.run.checkpoints / "step-8.damaged-1" / damaged.name).read_bytes() == data
+    assert manifest.verify(job.run.checkpoints / "step-8").problem is None
+
+
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [("train.seed=7", "train.seed"), ("train.global_batch=4", "train.global_batch"), ("adapter.r=8", "adapter.r")],
+)
+def test_what_must_not_change_is_refused_on_resume(finished: Job, job: Job, override: str, word: str) -> None:
+    copy_until(finished, job, 4)
+    with pytest.raises(PreflightError, match=word):
+        job.start(override, resume=True)
+
+
+def test_other_rows_are_refused_on_resume(finished: Job, job: Job, tmp_path: Path) -> None:
+    copy_until(finished, job, 4)
+    with pytest.raises(PreflightError, match="the training rows are others"):
+        job.start("data.max_rows=30", resume=True)
+
+
+def test_adapters_are_read_by_peft_alone(finished: Job) -> None:
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    prepared = json.loads(finished.run.prepared.read_text())
+    base = AutoModelForCausalLM.from_pretrained(prepared["model_dir"])
+    model = peft.PeftModel.from_pretrained(base, str(finished.run.checkpoints / "step-8"))
+    state = load_file(weights(finished, 8))
+    assert any(bool(tensor.abs().sum() > 0) for name, tensor in state.items() if "lora_B" in name)
+    ids = torch.tensor([[5, 6, 7]])
+    with_adapter = model(ids).logits
+    with model.disable_adapter():
+        assert not torch.equal(with_adapter, model(ids).logits)
