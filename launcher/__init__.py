@@ -1,3 +1,23 @@
-"""A training launcher for language models on several GPUs."""
+"""A training launcher for language models on several GPUs. Read the files in this order; each imports only from those above it.
+
+    errors       every error a person can cause, and its exit code
+    rundir       the name of every file in a run directory
+    manifest     the commit marker of a checkpoint; which one is valid
+    recipe/      YAML -> checked, frozen Recipe
+    cluster      hardware -> nodes and devices                    (gpus.yaml)
+    families     model families and prompt templates              (families.yaml)
+    modelshape/  config.json and tensor headers -> parameters     (catalogue.yaml)
+    memory       bytes of a device, in parts
+    plan         (Recipe, Cluster, ModelShape) -> Plan
+    command      Plan -> what each node starts
+    preflight    Plan and this machine -> findings
+    report       files of a run -> what happened
+    supervise    start, follow, stop
+    show         all of it -> what a person reads
+    cli          verbs
+    worker/      torch side: executes a Plan (prepare, model, adapters, data/, training, checkpoint, metrics, chat, export)
+
+Nothing above `worker/` imports torch or transformers, and nothing imports from `worker/`: it is started, not called.
+"""
 
 __version__ = "0.1.0"

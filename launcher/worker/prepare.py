@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import shutil
 import sys
 import traceback
@@ -20,11 +19,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import DataError, LaunchError, PreflightError
-from launcher.families import family
+from launcher.errors import LaunchError, PreflightError
 from launcher.plan import Plan
-from launcher.rundir import RunDir, read_json, write_json
-from launcher.worker.data.rows import Message, data_files, read_conversations
+from launcher.rundir import RunDir, read_json
+from launcher.worker.data.rows import data_files
 from launcher.worker.prepared import DataReport, Prepared, write_prepared
 from launcher.worker.pulse import die_with_parent
 
@@ -81,15 +79,11 @@ def prepare(plan: Plan) -> Prepared:
     data_hash = _hash_files([*files, *eval_files])
 
     if recipe.model.config is not None:
-        tokenizer_key = _key(
-            "tokenizer",
-            data_hash,
-            recipe.data.model_dump(mode="json", exclude={"path"}),
-            recipe.model.config.get("vocab_size"),
-        )
-        tokenizer_dir = _made("tokenizer", tokenizer_key, cached, lambda into: _train_tokenizer(plan, into))
+        read = recipe.data.model_dump(mode="json", include={"format", "fields", "max_rows", "bad_rows", "system"})
+        tokenizer_key = _key("tokenizer", data_hash, read, recipe.model.config.get("vocab_size"))
+        tokenizer_dir = _made("tokenizer", tokenizer_key, cached, lambda into: _make_tokenizer(plan, into))
         model_key = _key("model", recipe.model.config, recipe.train.seed, tokenizer_key)
-        model_dir = _made("model", model_key, cached, lambda into: _random_model(plan, tokenizer_dir, into))
+        model_dir = _made("model", model_key, cached, lambda into: _make_model(plan, tokenizer_dir, into))
     else:
         model_dir = tokenizer_dir = _existing_model(plan)
         found = sorted({path for pattern in _TOKENIZER_FILES for path in model_dir.glob(pattern)})
@@ -97,7 +91,7 @@ def prepare(plan: Plan) -> Prepared:
 
     selection = recipe.data.model_dump(mode="json", exclude={"path", "batching"})
     data_key = _key("data", data_hash, selection, recipe.train.seed, tokenizer_key, plan.shape.family)
-    data_dir = _made("data", data_key, cached, lambda into: _tokenize(plan, tokenizer_dir, into))
+    data_dir = _made("data", data_key, cached, lambda into: _make_dataset(plan, tokenizer_dir, into))
     left = read_json(data_dir / "report.json")
     return Prepared(
         model_dir=str(model_dir),
@@ -110,6 +104,28 @@ def prepare(plan: Plan) -> Prepared:
         eos_token_ids=left["eos_token_ids"],
         report=DataReport.model_validate(left["report"]),
     )
+
+
+def _make_tokenizer(plan: Plan, into: Path) -> None:
+    from launcher.worker.fresh import train_tokenizer
+
+    train_tokenizer(plan, into)
+
+
+def _make_model(plan: Plan, tokenizer_dir: Path, into: Path) -> None:
+    from launcher.worker.fresh import random_model
+
+    _say(event="prepare", what="model", state="building from config")
+    random_model(plan, tokenizer_dir, into)
+
+
+def _make_dataset(plan: Plan, tokenizer_dir: Path, into: Path) -> None:
+    from launcher.worker.data.dataset import tokenize
+
+    def progress(done: int, total: int) -> None:
+        _say(event="prepare", what="data", state="tokenizing", done=done, total=total)
+
+    tokenize(plan, tokenizer_dir, into, progress)
 
 
 def _rows_key(plan: Plan, data_hash: str) -> str:
@@ -193,190 +209,6 @@ def _existing_model(plan: Plan) -> Path:
             "give the folder of a copy: model.path=/path/to/model",
         ) from None
     return folder
-
-
-def _conversations(plan: Plan) -> tuple[list[list[Message]], list[list[Message]], list[str]]:
-    """Training rows, evaluation rows and the lines about bad ones."""
-    data, evaluation = plan.recipe.data, plan.recipe.data.eval
-    rows, bad = read_conversations(data, data.path)
-    if evaluation is None:
-        return rows, [], bad
-    if evaluation.path is not None:
-        eval_rows, eval_bad = read_conversations(data, evaluation.path)
-        return rows, eval_rows, bad + eval_bad
-    num = evaluation.rows or max(1, round(len(rows) * (evaluation.fraction or 0)))
-    if num >= len(rows):
-        raise DataError(
-            f"data.eval: {num} rows",
-            f"there are only {len(rows)} rows in all",
-            f"keep fewer: data.eval.rows={max(1, len(rows) // 10)}",
-        )
-    kept = set(random.Random(plan.recipe.train.seed).sample(range(len(rows)), num))
-    return [row for place, row in enumerate(rows) if place not in kept], [rows[place] for place in sorted(kept)], bad
-
-
-def _train_tokenizer(plan: Plan, into: Path) -> None:
-    """A byte-level BPE tokenizer from the rows of the recipe, with as many entries as the config has (fewer for little text)."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    rows, eval_rows, _ = _conversations(plan)
-    assert plan.recipe.model.config is not None
-    vocab_size = plan.recipe.model.config.get("vocab_size", 32000)
-    special = ["<pad>", "<s>", "</s>"]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size < len(alphabet) + len(special):
-        raise PreflightError(
-            f"model.config.vocab_size: {vocab_size}",
-            "a byte-level tokenizer needs 259 entries",
-            "set model.config.vocab_size=2048",
-        )
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(
-        (text for row in [*rows, *eval_rows] for message in row for text in message.values()), trainer
-    )
-    tokenizer.save(str(into / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": "<pad>",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-    }
-    write_json(into / "tokenizer_config.json", {**config, "clean_up_tokenization_spaces": False})
-
-
-def _random_model(plan: Plan, tokenizer_dir: Path, into: Path) -> None:
-    """The recipe's config with random weights, saved like any other model, so that everything after this treats it like one."""
-    _say(event="prepare", what="model", state="building from config")
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    assert plan.recipe.model.config is not None
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    values = {**ids, **plan.recipe.model.config}
-    try:
-        config = AutoConfig.for_model(**values)
-        torch.manual_seed(plan.recipe.train.seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise PreflightError(
-            "model.config", f"transformers builds no model from it: {error}", "mend the config in the recipe"
-        ) from None
-    model.save_pretrained(into)
-    for file in tokenizer_dir.iterdir():
-        shutil.copyfile(file, into / file.name)
-
-
-def _tokenize(plan: Plan, tokenizer_dir: Path, into: Path) -> None:
-    """Rows to token ids, with a report about them."""
-    from datasets import Dataset, disable_progress_bars
-    from transformers import AutoTokenizer
-
-    from launcher.worker.data.tokens import Prompter, Tokens
-    from launcher.worker.quiet import quiet_libraries
-
-    quiet_libraries()
-    disable_progress_bars()
-    data = plan.recipe.data
-    rows, eval_rows, bad = _conversations(plan)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_dir, trust_remote_code=plan.recipe.model.trust_remote_code, local_files_only=True
-        )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise PreflightError(
-            f"model {plan.shape.name}",
-            f"its tokenizer cannot be loaded: {str(error).splitlines()[0]}",
-            f"check the tokenizer files in {tokenizer_dir}",
-        ) from None
-    if tokenizer.eos_token_id is None:
-        raise PreflightError(
-            f"model {plan.shape.name}",
-            "its tokenizer has no eos token, so answers would never end",
-            "add one to its tokenizer_config.json",
-        )
-    template = _template(plan, tokenizer)
-    prompter = Prompter(tokenizer, template)
-    total, done = len(rows) + len(eval_rows), 0
-    counts = {"dropped": 0, "truncated": 0}
-
-    def encode(conversations: Sequence[list[Message]]) -> list[Tokens]:
-        nonlocal done
-        kept = []
-        for conversation in conversations:
-            tokens = prompter.tokens(conversation, data.max_length)
-            done += 1
-            if done % 2000 == 0:
-                _say(event="prepare", what="data", state="tokenizing", done=done, total=total)
-            counts["truncated" if data.overlong == "truncate" else "dropped"] += tokens.cut
-            if not tokens.cut or data.overlong == "truncate":
-                kept.append(tokens)
-        return kept
-
-    train, evaluation = encode(rows), encode(eval_rows)
-    if not any(label != -100 for tokens in train for label in tokens.labels):
-        raise DataError(
-            f"data.max_length: {data.max_length}",
-            f"no answer is left of {len(rows):,} rows",
-            "allow longer rows: data.max_length=1024",
-        )
-    for name, part in (("train", train), ("eval", evaluation)):
-        if not part:
-            continue  # datasets writes an empty one but cannot read it back
-        columns = {
-            "input_ids": [tokens.input_ids for tokens in part],
-            "labels": [tokens.labels for tokens in part],
-            "length": [len(tokens.input_ids) for tokens in part],
-        }
-        Dataset.from_dict(columns).save_to_disk(str(into / name))
-    lengths = sorted(len(tokens.input_ids) for tokens in train)
-    report = DataReport(
-        rows_read=total + len(bad),
-        rows_bad=len(bad),
-        rows_dropped=counts["dropped"],
-        rows_truncated=counts["truncated"],
-        train_rows=len(train),
-        eval_rows=len(evaluation),
-        tokens=sum(lengths),
-        supervised_tokens=sum(label != -100 for tokens in train for label in tokens.labels),
-        length_mean=round(sum(lengths) / len(lengths), 1),
-        length_p50=lengths[len(lengths) // 2],
-        length_p90=lengths[int(len(lengths) * 0.9)],
-        length_max=lengths[-1],
-    )
-    left: dict[str, Any] = {
-        "template": template,
-        "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        "eos_token_ids": _eos_token_ids(tokenizer, tokenizer_dir),
-        "report": report.model_dump(),
-        "bad_rows": bad[:1000],
-    }
-    write_json(into / "report.json", left)
-
-
-def _template(plan: Plan, tokenizer: Any) -> str:
-    """The recipe's template, or what `auto` means for this tokenizer and this kind of rows."""
-    asked = plan.recipe.data.template
-    if plan.recipe.data.format in ("context_target", "text"):
-        return "plain" if asked == "auto" else asked
-    if asked == "auto":
-        return "chat" if tokenizer.chat_template else family(plan.shape.family).template
-    if asked == "chat" and not tokenizer.chat_template:
-        raise PreflightError(
-            "data.template: chat", f"the tokenizer of {plan.shape.name} has no chat template", "set data.template=auto"
-        )
-    return asked
-
-
-def _eos_token_ids(tokenizer: Any, folder: Path) -> list[int]:
-    """Every token that ends an answer: the tokenizer's and those of generation_config.json."""
-    config = read_json(folder / "generation_config.json") or {}
-    more = config.get("eos_token_id") or []
-    return sorted({tokenizer.eos_token_id, *([more] if isinstance(more, int) else more)})
 
 
 def _hash_files(files: Sequence[Path]) -> str:

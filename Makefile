@@ -1,0 +1,24 @@
+# The verbs of development; .ci/run calls the same ones.
+.PHONY: install lint types test check bench schema
+
+install:            ## the product and what its tests need
+	pip install -e '.[test]'
+
+lint:               ## style and layout of every file
+	ruff check .
+	ruff format --check .
+
+types:              ## the control side, strictly
+	mypy
+
+test:               ## everything that is tested
+	pytest
+
+check: lint types test
+
+bench:              ## the results pages of this machine
+	python benchmarks/startup.py
+	python benchmarks/trainer_overhead.py
+
+schema:             ## what editors complete recipes with
+	launch schema recipes/schema.json

@@ -1,0 +1,176 @@
+"""A plan and a tokenizer in, token ids on disk and a report about the rows out; `prepare` calls it where the cache has nothing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import DataError, PreflightError
+from launcher.families import family
+from launcher.plan import Plan
+from launcher.recipe.schema import Data
+from launcher.rundir import read_json, write_json
+from launcher.worker.data.rows import Message, read_conversations
+from launcher.worker.data.tokens import IGNORED, Prompter, Tokens
+from launcher.worker.prepared import DataReport
+from launcher.worker.quiet import quiet_libraries
+
+Progress = Callable[[int, int], None]
+_ROWS_PER_PROGRESS = 2000
+
+
+def tokenize(plan: Plan, tokenizer_dir: Path, into: Path, progress: Progress) -> None:
+    """Write train/, eval/ (where there are such rows) and report.json into a folder.
+
+    Args:
+        progress: called with (rows done, rows in all) now and then.
+
+    Raises:
+        DataError: rows that cannot be read, or no answer is left of them.
+        PreflightError: a tokenizer that cannot be used.
+    """
+    quiet_libraries()
+    data = plan.recipe.data
+    rows, eval_rows, bad = conversations(plan)
+    tokenizer = load_tokenizer(plan, tokenizer_dir)
+    template = _template(plan, tokenizer)
+    encoder = _Encoder(Prompter(tokenizer, template), data, len(rows) + len(eval_rows), progress)
+    train, evaluation = encoder.encode(rows), encoder.encode(eval_rows)
+    if not any(label != IGNORED for tokens in train for label in tokens.labels):
+        raise DataError(
+            f"data.max_length: {data.max_length}",
+            f"no answer is left of {len(rows):,} rows",
+            "allow longer rows: data.max_length=1024",
+        )
+    for name, part in (("train", train), ("eval", evaluation)):
+        if part:  # datasets writes an empty one but cannot read it back
+            _write(part, into / name)
+    left: dict[str, Any] = {
+        "template": template,
+        "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        "eos_token_ids": _eos_token_ids(tokenizer, tokenizer_dir),
+        "report": _report(train, evaluation, encoder, len(bad)).model_dump(),
+        "bad_rows": bad[:1000],
+    }
+    write_json(into / "report.json", left)
+
+
+def conversations(plan: Plan) -> tuple[list[list[Message]], list[list[Message]], list[str]]:
+    """Training rows, evaluation rows and the lines about bad ones."""
+    data, evaluation = plan.recipe.data, plan.recipe.data.eval
+    rows, bad = read_conversations(data, data.path)
+    if evaluation is None:
+        return rows, [], bad
+    if evaluation.path is not None:
+        eval_rows, eval_bad = read_conversations(data, evaluation.path)
+        return rows, eval_rows, bad + eval_bad
+    num = evaluation.rows or max(1, round(len(rows) * (evaluation.fraction or 0)))
+    if num >= len(rows):
+        raise DataError(
+            f"data.eval: {num} rows",
+            f"there are only {len(rows)} rows in all",
+            f"keep fewer: data.eval.rows={max(1, len(rows) // 10)}",
+        )
+    kept = set(random.Random(plan.recipe.train.seed).sample(range(len(rows)), num))
+    return [row for place, row in enumerate(rows) if place not in kept], [rows[place] for place in sorted(kept)], bad
+
+
+def load_tokenizer(plan: Plan, folder: Path) -> Any:
+    """The tokenizer of a folder.
+
+    Raises:
+        PreflightError: it cannot be loaded, or does not know how a text ends.
+    """
+    from transformers import AutoTokenizer
+
+    you_set = f"model {plan.shape.name}"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=plan.recipe.model.trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = f"its tokenizer cannot be loaded: {str(error).splitlines()[0]}"
+        raise PreflightError(you_set, reason, f"check the tokenizer files in {folder}") from None
+    if tokenizer.eos_token_id is None:
+        found = "its tokenizer has no eos token, so answers would never end"
+        raise PreflightError(you_set, found, "add one to its tokenizer_config.json")
+    return tokenizer
+
+
+class _Encoder:
+    """Conversations to tokens, with counts of what was cut or dropped."""
+
+    def __init__(self, prompter: Prompter, data: Data, total: int, progress: Progress) -> None:
+        self.prompter = prompter
+        self.data = data
+        self.total = total
+        self.progress = progress
+        self.done = self.dropped = self.truncated = 0
+
+    def encode(self, rows: Sequence[list[Message]]) -> list[Tokens]:
+        kept = []
+        for row in rows:
+            tokens = self.prompter.tokens(row, self.data.max_length)
+            self.done += 1
+            if self.done % _ROWS_PER_PROGRESS == 0:
+                self.progress(self.done, self.total)
+            if tokens.cut and self.data.overlong == "drop":
+                self.dropped += 1
+            else:
+                self.truncated += tokens.cut
+                kept.append(tokens)
+        return kept
+
+
+def _write(rows: list[Tokens], folder: Path) -> None:
+    """One Arrow table with input_ids, labels and length."""
+    from datasets import Dataset, disable_progress_bars
+
+    disable_progress_bars()
+    columns = {
+        "input_ids": [tokens.input_ids for tokens in rows],
+        "labels": [tokens.labels for tokens in rows],
+        "length": [len(tokens.input_ids) for tokens in rows],
+    }
+    Dataset.from_dict(columns).save_to_disk(str(folder))
+
+
+def _report(train: list[Tokens], evaluation: list[Tokens], encoder: _Encoder, num_bad: int) -> DataReport:
+    lengths = sorted(len(tokens.input_ids) for tokens in train)
+    return DataReport(
+        rows_read=encoder.total + num_bad,
+        rows_bad=num_bad,
+        rows_dropped=encoder.dropped,
+        rows_truncated=encoder.truncated,
+        train_rows=len(train),
+        eval_rows=len(evaluation),
+        tokens=sum(lengths),
+        supervised_tokens=sum(label != IGNORED for tokens in train for label in tokens.labels),
+        length_mean=round(sum(lengths) / len(lengths), 1),
+        length_p50=lengths[len(lengths) // 2],
+        length_p90=lengths[int(len(lengths) * 0.9)],
+        length_max=lengths[-1],
+    )
+
+
+def _template(plan: Plan, tokenizer: Any) -> str:
+    """The recipe's template, or what `auto` means for this tokenizer and this kind of rows."""
+    asked = plan.recipe.data.template
+    if plan.recipe.data.format in ("context_target", "text"):
+        return "plain" if asked == "auto" else asked
+    if asked == "auto":
+        return "chat" if tokenizer.chat_template else family(plan.shape.family).template
+    if asked == "chat" and not tokenizer.chat_template:
+        raise PreflightError(
+            "data.template: chat", f"the tokenizer of {plan.shape.name} has no chat template", "set data.template=auto"
+        )
+    return asked
+
+
+def _eos_token_ids(tokenizer: Any, folder: Path) -> list[int]:
+    """Every token that ends an answer: the tokenizer's and those of generation_config.json."""
+    config = read_json(folder / "generation_config.json") or {}
+    more = config.get("eos_token_id") or []
+    return sorted({tokenizer.eos_token_id, *([more] if isinstance(more, int) else more)})
