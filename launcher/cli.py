@@ -209,11 +209,10 @@ def runs(folder: str) -> None:
 
     for path in sorted(Path(folder).glob("*/plan.json")):
         report = read_json(RunDir(path.parent).report) or {}
+        result = report.get("result", "not ended")
         loss = report.get("loss_last")
-        shown = f"loss {loss:.3f}" if loss is not None else ""
-        click.echo(
-            f"{path.parent}  {report.get('result', 'not ended')}  step {report.get('steps', 0)}/{report.get('max_steps', 0)}  {shown}".rstrip()
-        )
+        steps = f"step {report.get('steps', 0)}/{report.get('max_steps', 0)}"
+        click.echo(f"{path.parent}  {result}  {steps}{f'  loss {loss:.3f}' if loss is not None else ''}")
 
 
 def _plan(
