@@ -22,3 +22,4 @@ bench:              ## the results pages of this machine
 
 schema:             ## what editors complete recipes with
 	launch schema recipes/schema.json
+	launch schema docs/recipe.md

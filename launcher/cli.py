@@ -186,14 +186,14 @@ def recipes() -> None:
 @cli.command()
 @click.argument("path", default="recipes/schema.json")
 def schema(path: str) -> None:
-    """Write the JSON Schema of recipes for editors ('-' prints it)."""
-    from launcher.recipe.jsonschema import schema_text
+    """Write the JSON Schema of recipes for editors, or a reference page where PATH ends in .md ('-' prints the schema)."""
+    from launcher.recipe.describe import reference_text, schema_text
 
     if path == "-":
         click.echo(schema_text(), nl=False)
         return
     try:
-        Path(path).write_text(schema_text(), encoding="utf-8")
+        Path(path).write_text(reference_text() if path.endswith(".md") else schema_text(), encoding="utf-8")
     except OSError as error:
         raise UsageError(
             f"schema {path}", f"cannot be written: {error.strerror}", "name another file, or print it: launch schema -"

@@ -19,7 +19,7 @@ from launcher.cluster import GIB, resolve_cluster
 from launcher.modelshape import shape_of
 from launcher.plan import Plan, make_plan
 from launcher.recipe import load_recipe, purpose
-from launcher.recipe.jsonschema import schema_text
+from launcher.recipe.describe import schema_text
 from launcher.show import show_plan
 from launcher.worker.data.rows import read_conversations
 

@@ -11,14 +11,14 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from launcher.errors import Problem, RecipeError
 from launcher.recipe.document import Document, read_document
 from launcher.recipe.rules import broken_rules
-from launcher.recipe.schema import Recipe
+from launcher.recipe.schema import Recipe, section_of
 
 # What other tools call it -> what it is called here.
 _ELSEWHERE = {
@@ -187,10 +187,8 @@ def _key_of(loc: tuple[int | str, ...]) -> str:
 
 def _fields_of(annotation: Any) -> dict[str, Any]:
     """Alias or name -> field, of the section that an annotation such as `Eval | None` holds; empty for plain values."""
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return {field.alias or name: field for name, field in candidate.model_fields.items()}
-    return {}
+    section = section_of(annotation)
+    return {field.alias or name: field for name, field in section.model_fields.items()} if section else {}
 
 
 def _message(key: str, details: list[Any]) -> str:

@@ -7,7 +7,7 @@ which shows the decision with its reason and never writes it back into the recip
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,6 +22,14 @@ class Section(BaseModel):
 
     # No field means anything when it is infinite, and JSON, in which the plan is kept, has no word for it.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section that an annotation such as `Eval | None` holds, None for plain values."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
 
 
 class Model(Section):

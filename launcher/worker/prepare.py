@@ -10,6 +10,7 @@ Prints one JSON object a line: progress, or the error that ended it.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -92,6 +93,10 @@ def prepare(plan: Plan) -> Prepared:
     selection = recipe.data.model_dump(mode="json", exclude={"path", "batching"})
     data_key = _key("data", data_hash, selection, recipe.train.seed, tokenizer_key, plan.shape.family)
     data_dir = _made("data", data_key, cached, lambda into: _make_dataset(plan, tokenizer_dir, into))
+    if plan.batching == "packed":
+        tried_on = importlib.metadata.version("transformers"), importlib.metadata.version("torch")
+        packing_key = _key("packing", _hash_files([model_dir / "config.json"]), tried_on)
+        _made("packing", packing_key, cached, lambda into: _try_packing(plan, model_dir))
     left = read_json(data_dir / "report.json")
     return Prepared(
         model_dir=str(model_dir),
@@ -126,6 +131,14 @@ def _make_dataset(plan: Plan, tokenizer_dir: Path, into: Path) -> None:
         _say(event="prepare", what="data", state="tokenizing", done=done, total=total)
 
     tokenize(plan, tokenizer_dir, into, progress)
+
+
+def _try_packing(plan: Plan, model_dir: Path) -> None:
+    """Leaves an empty folder in the cache where packing is sound, nothing where it is not."""
+    from launcher.worker.data.leak import refuse_leaks
+
+    _say(event="prepare", what="packing", state="trying on two layers")
+    refuse_leaks(plan, model_dir)
 
 
 def _rows_key(plan: Plan, data_hash: str) -> str:

@@ -1,0 +1,50 @@
+"""Whether rows that are packed into one sequence see each other in this model: tried, in a second, on a small copy of it.
+
+A family can ignore position ids, a library can hand a mask on, a config can switch a cache on; every one of them leaks silently.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from launcher.errors import PreflightError
+from launcher.plan import Plan
+from launcher.worker.data.batches import collator
+
+_VOCAB = 64
+_TOLERANCE = 1e-4
+
+
+def refuse_leaks(plan: Plan, model_dir: Path) -> None:
+    """Compare the logits of a row by itself and behind another one in a pack, on two layers with random weights.
+
+    Raises:
+        PreflightError: they differ, so a packed row depends on its neighbour.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(
+        model_dir, trust_remote_code=plan.recipe.model.trust_remote_code, local_files_only=True
+    )
+    config.num_hidden_layers, config.vocab_size = 2, _VOCAB
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(config, name, None)  # the real ones may lie beyond the small vocabulary
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.config.use_cache = False  # as in training
+    rows = [{"input_ids": torch.randint(0, _VOCAB, (length,)).tolist()} for length in (7, 9)]
+    rows = [{**row, "labels": row["input_ids"]} for row in rows]
+    pack = collator("packed", 0)
+    with torch.no_grad():
+        together = model(**_inputs(pack(rows))).logits[0, 7:]
+        alone = model(**_inputs(pack(rows[1:]))).logits[0]
+    difference = float((together - alone).abs().max())
+    if difference > _TOLERANCE:
+        found = f"rows of one pack see each other in {plan.shape.name}: logits differ by {difference:.2g}"
+        raise PreflightError("data.batching: packed", found, "set data.batching=bucketed")
+
+
+def _inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in batch.items() if name != "labels"}
