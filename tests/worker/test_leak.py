@@ -26,7 +26,13 @@ def test_a_family_that_ignores_position_ids_is_found(
 ) -> None:
     from transformers import AutoConfig
 
-    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3, "vocab_size": 500}
+    sizes = {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 3,
+        "vocab_size": 500,
+    }
     AutoConfig.for_model(model_type, **sizes).save_pretrained(tmp_path)
     if leaks:
         with pytest.raises(PreflightError, match="see each other"):
