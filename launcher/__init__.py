@@ -8,7 +8,7 @@
     families     model families and prompt templates              (families.yaml)
     modelshape/  config.json and tensor headers -> parameters     (catalogue.yaml)
     memory       bytes of a device, in parts
-    plan         (Recipe, Cluster, ModelShape) -> Plan
+    plan/        (Recipe, Cluster, ModelShape) -> Plan
     command      Plan -> what each node starts
     preflight    Plan and this machine -> findings
     report       files of a run -> what happened

@@ -5,7 +5,10 @@ Only click is imported at the top: `launch --help` answers before anything else 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,12 +19,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from launcher import __version__
-from launcher.errors import LaunchError, UsageError
+from launcher.errors import LaunchError, PreflightError, UsageError
 
 if TYPE_CHECKING:
     from launcher.plan import Plan
     from launcher.recipe import LoadedRecipe
     from launcher.rundir import RunDir
+
+
+# What a disk says that is full or may not be written; on the control side only the run directory is written to.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class Verbs(click.Group):
@@ -161,10 +168,21 @@ def chat(run_dir: str, **options: Any) -> None:
     _worker("chat", run_dir, options)
 
 
+def _shard_size(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """Checked here, before a model is loaded for it."""
+    if value is not None and not re.fullmatch(r"[1-9]\d*(MB|GB)", value):
+        raise click.BadParameter(f"{value!r} is no size. Write it as 500MB or 2GB.")
+    return value
+
+
 @cli.command()
 @run_argument
 @click.option("--out", help="Folder for the merged model; default RUN/export.")
-@click.option("--max-shard-size", help="Largest safetensors file, such as 500MB; default as in the recipe.")
+@click.option(
+    "--max-shard-size",
+    callback=_shard_size,
+    help="Largest safetensors file, such as 500MB; default as in the recipe.",
+)
 @click.option("--step", help="Which checkpoint: a step, `best` or `latest`.")
 def export(run_dir: str, **options: Any) -> None:
     """Merge the adapter into the model and write a folder that loads on its own."""
@@ -252,10 +270,10 @@ def _name_of(where: RunDir) -> str:
 def _carry_out(resuming: bool, made: Plan, where: RunDir) -> NoReturn:
     """Check, write the run directory, supervise, say how it ended; never returns."""
     from launcher import manifest, preflight, show
-    from launcher.supervise import Supervisor, continue_from, write_run
+    from launcher.supervise import Supervisor, continue_from, kept_where_refused, write_run
 
     screen = show.console()
-    show.line(screen, made.name[:12], show.summary(made))
+    show.line(screen, made.name, show.summary(made))
     show.line(screen, "plan", show.batch(made))
     preflight.require(preflight.check(made, where.path))
     where.create()
@@ -264,12 +282,10 @@ def _carry_out(resuming: bool, made: Plan, where: RunDir) -> NoReturn:
             chosen, skipped = manifest.newest_valid(where)
             show.show_resume(screen, chosen, skipped, where.path)
             made = continue_from(made, chosen)
-        write_run(made, where, resuming)
         screen_of_run = show.RunScreen(screen, made)
-        try:
+        with kept_where_refused(where), contextlib.closing(screen_of_run):
+            write_run(made, where, resuming)
             outcome = Supervisor(made, where, screen_of_run).carry_out()
-        finally:
-            screen_of_run.close()
         if outcome.failure is None:
             show.show_done(screen, made, outcome, where.path)
         else:
@@ -300,13 +316,23 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         cli.main(args=list(argv) if argv is not None else None, prog_name="launch", standalone_mode=False)
     except LaunchError as error:
-        click.echo(f"error: {error}", err=True)
+        with contextlib.suppress(OSError):  # the terminal may be what went away
+            click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        click.echo(
+            f"error: {place}{error.strerror}\n  make room there, or name another run directory: launch.run_dir=DIR",
+            err=True,
+        )
+        sys.exit(PreflightError.exit_code)
     sys.exit(0)
 
 

@@ -23,6 +23,8 @@ from launcher.plan import Plan
 
 GIB = 2**30
 _RUNS = ("single", "ddp")
+_WEIGHTS = ("*.safetensors", "*.bin")
+_TOKENIZERS = ("tokenizer*", "*.model", "vocab*")
 _PACKAGES = (
     "torch",
     "transformers",
@@ -95,7 +97,7 @@ def _strategy(plan: Plan) -> Iterator[Finding]:
             "error",
             f"strategy.type: {plan.strategy}",
             f"this version plans it but runs {' and '.join(_RUNS)} only",
-            "set strategy.type=ddp",
+            _instead(plan),
         )
     if plan.backend == "deepspeed":
         yield Finding(
@@ -113,8 +115,18 @@ def _strategy(plan: Plan) -> Iterator[Finding]:
         )
 
 
+def _instead(plan: Plan) -> str:
+    """What to type for a strategy that is only planned yet."""
+    if plan.strategy == "device_map":
+        return "train on one card: strategy.type=single strategy.device_map=null hardware=auto"
+    if plan.recipe.adapter.type == "full":
+        return "train an adapter instead: adapter.type=lora strategy.type=ddp"
+    return "set strategy.type=ddp"
+
+
 def _devices(plan: Plan, found: Cluster) -> Iterator[Finding]:
-    planned = f"hardware: {plan.cluster.source}"
+    source = plan.cluster.source
+    planned = source if source.startswith("hardware:") else f"hardware: auto ({source})"
     if plan.kind == "cpu":
         yield Finding("ok", planned, f"{plan.num_processes} ranks on {len(os.sched_getaffinity(0))} cores")
         return
@@ -162,8 +174,19 @@ def _data(plan: Plan) -> Iterator[Finding]:
 
 def _model(plan: Plan) -> Iterator[Finding]:
     model = plan.recipe.model
-    if model.path is None or os.path.isdir(model.path):
+    if model.path is None:
         yield Finding("ok", f"model {plan.shape.name}", plan.shape.source)
+    elif os.path.isdir(model.path):
+        lacks = [
+            f"{what} ({', '.join(patterns)})"
+            for what, patterns in (("weights", _WEIGHTS), ("tokenizer", _TOKENIZERS))
+            if not any(any(Path(model.path).glob(pattern)) for pattern in patterns)
+        ]
+        if lacks:
+            to_type = "give the whole folder that save_pretrained wrote: model.path=DIR"
+            yield Finding("error", f"model.path: {model.path}", f"the folder has no {' and no '.join(lacks)}", to_type)
+        else:
+            yield Finding("ok", f"model {plan.shape.name}", plan.shape.source)
     elif cached_snapshot(model.path, model.revision) is not None:
         yield Finding("ok", f"model.path: {model.path}", "is in the hub cache")
     elif os.environ.get("HF_HUB_OFFLINE") == "1":
@@ -196,27 +219,27 @@ def _disk(plan: Plan, run_dir: Path) -> Iterator[Finding]:
     checkpoint_bytes = plan.trainable_parameters * (4 + 8) + 16 * 2**20
     needed = checkpoint_bytes * (plan.recipe.checkpoint.keep + 1)
     folder = run_dir
-    while not folder.exists():
+    while not os.path.exists(folder):  # False for a name that is too long, where Path.exists raises
         folder = folder.parent
     if not os.access(folder, os.W_OK | os.X_OK) or not folder.is_dir():
         yield Finding(
             "error",
             f"run directory {run_dir}",
-            "cannot be written",
+            f"cannot be written: {folder} {'may not be written by you' if folder.is_dir() else 'is no folder'}",
             "name another one: launch.run_dir=/path/with/space",
         )
         return
-    free = shutil.disk_usage(folder).free
-    found = f"{free / GIB:.1f} GiB free, {needed / GIB:.1f} GiB for {plan.recipe.checkpoint.keep} + 1 checkpoints"
+    free, keep = shutil.disk_usage(folder).free, plan.recipe.checkpoint.keep
+    found = f"{_size(free)} free, {_size(needed)} needed for {keep} + 1 checkpoints"
     if free < needed:
-        yield Finding(
-            "error",
-            f"run directory {run_dir}",
-            found,
-            "keep fewer (checkpoint.keep=1), or name another disk: launch.run_dir=DIR",
-        )
+        fewer = "keep fewer (checkpoint.keep=1), or " if keep > 1 else ""
+        yield Finding("error", f"run directory {run_dir}", found, f"{fewer}name another disk: launch.run_dir=DIR")
     else:
         yield Finding("ok", f"run directory {run_dir}", found)
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.0f} MiB"
 
 
 def _port(plan: Plan) -> Iterator[Finding]:

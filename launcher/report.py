@@ -6,6 +6,7 @@ Reads only what ranks and supervisor wrote; asks no process and no device.
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,10 +24,15 @@ _ECHO_TEXT = re.compile(
 )
 _SIGNALS = {
     signal.SIGKILL: "killed (SIGKILL): by somebody, or by the kernel because host memory was full",
+    signal.SIGTERM: "ended (SIGTERM): by somebody, or by the scheduler of this machine",
     signal.SIGSEGV: "crashed (SIGSEGV): a fault in native code",
     signal.SIGABRT: "aborted (SIGABRT): native code gave up",
     signal.SIGBUS: "crashed (SIGBUS): shared memory or a mapped file ran out",
 }
+_DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|PytorchStreamWriter failed writing")
+# Below this nobody can write even a message about it.
+_FULL_BYTES = 64 * 2**10
+_PYTHON_ERROR = re.compile(r"[\w.]*(Error|Exception): \S")
 _LAST_LINES = 20
 
 
@@ -63,25 +69,38 @@ def first_failure(run: RunDir, plan: Plan, node_exit_code: int) -> Failure:
     """Who failed first. Call it for a run whose node command ended with a code other than 0."""
     errors = {int(path.stem): read_json(path) for path in run.errors.glob("[0-9]*.json")}
     errors = {rank: error for rank, error in errors.items() if error}
-    ended = {
-        int(rank): ended for rank, ended in ((read_json(run.errors / "node.json") or {}).get("ranks") or {}).items()
-    }
-    killed = {
-        r: end for r, end in ended.items() if end["exit_code"] < 0 and -end["exit_code"] in _SIGNALS and r not in errors
-    }
-    if not ended and node_exit_code < 0 and not errors and read_json(run.heartbeat(0)):
-        killed = {0: {"exit_code": node_exit_code}}  # a single process without torchrun above it
+    node = (read_json(run.errors / "node.json") or {}).get("ranks") or {}
+    ended = {int(rank): int(end["exit_code"]) for rank, end in node.items()}
+    if not ended and plan.backend == "python" and read_json(run.heartbeat(0)):
+        ended = {0: node_exit_code}  # a single process without torchrun above it
     causes = {rank: error for rank, error in errors.items() if not _is_echo(error)}
-    if killed:
-        rank = min(killed, key=lambda r: _last_beat(run, r).get("time", 0.0))
-        earlier = [r for r, error in causes.items() if error["time"] < _last_beat(run, rank).get("time", 0.0)]
-        if not earlier:
-            return _killed(run, plan, rank, -killed[rank]["exit_code"], _others(rank, errors, ended))
+    silent = _silent(run, ended, errors, causes)
+    if silent:
+        rank = min(silent, key=lambda r: _last_beat(run, r).get("time", 0.0))
+        return _without_a_word(run, plan, rank, silent[rank], errors, _others(rank, errors, ended))
     chosen = causes or errors
     if chosen:
         rank = min(chosen, key=lambda r: chosen[r]["time"])
         return _raised(run, rank, chosen[rank], _others(rank, errors, ended))
-    return _never_started(run, plan, node_exit_code)
+    return _no_rank(run, plan, node_exit_code)
+
+
+def _silent(
+    run: RunDir, ended: dict[int, int], errors: dict[int, Any], causes: dict[int, dict[str, Any]]
+) -> dict[int, int]:
+    """Exit codes of the ranks that ended without a word and may be the first: killed, crashed, or gone by os._exit."""
+    silent = {rank: code for rank, code in ended.items() if code and rank not in errors}
+    # torchrun ends the ranks that are left by SIGTERM, and libraries abort when a peer is gone.
+    echoes = (-signal.SIGTERM, -signal.SIGABRT) if causes else (-signal.SIGTERM,)
+    first = {rank: code for rank, code in silent.items() if code not in echoes}
+    if not first and not causes:
+        first = silent
+    # Who was seen alive after another one had given its reason did not fail first.
+    return {
+        rank: code
+        for rank, code in first.items()
+        if not any(error["time"] < _last_beat(run, rank).get("time", 0.0) for error in causes.values())
+    }
 
 
 def _is_echo(error: dict[str, Any]) -> bool:
@@ -100,6 +119,8 @@ def _raised(run: RunDir, rank: int, error: dict[str, Any], echoes: tuple[int, ..
     kind = error["type"].rpartition(".")[2]
     message = (error["message"].strip().splitlines() or [""])[0]
     parts: dict[str, str] = {key: error[key] for key in ("you_set", "found", "to_type") if key in error}
+    if not parts and _DISK_FULL.search(error["message"]):
+        parts = _disk_full(run, error["phase"])
     cause = (
         f"{parts['you_set']}: {parts['found']}"
         if parts
@@ -122,46 +143,78 @@ def _raised(run: RunDir, rank: int, error: dict[str, Any], echoes: tuple[int, ..
     )
 
 
-def _killed(run: RunDir, plan: Plan, rank: int, number: int, echoes: tuple[int, ...]) -> Failure:
+def _without_a_word(
+    run: RunDir, plan: Plan, rank: int, code: int, errors: dict[int, Any], echoes: tuple[int, ...]
+) -> Failure:
     beat = _last_beat(run, rank)
-    host = beat.get("host", plan.cluster.nodes[0].host)
+    host, phase = beat.get("host", plan.cluster.nodes[0].host), beat.get("phase", "start")
+    # Ranks keep step, and the others wrote theirs down when they failed; this one's last beat may be half a second old.
+    steps = [beat.get("step", 0), *(error["step"] for error in errors.values() if phase == error["phase"])]
+    log = run.rank_log(host, rank)
+    if not log.is_file():  # it did not come so far as to open its own
+        log = run.node_log(plan.cluster.nodes[0].host)
     devices = plan.cluster.devices
+    parts = _disk_full(run, phase) if shutil.disk_usage(run.path).free < _FULL_BYTES else {}
     return Failure(
         rank=rank,
         host=host,
         device=devices[min(rank, len(devices) - 1)].name,
-        step=beat.get("step", 0),
-        phase=beat.get("phase", "start"),
+        step=max(steps),
+        phase=phase,
         time=beat.get("time", 0.0),
-        cause=_SIGNALS[signal.Signals(number)],
+        cause=f"{parts['you_set']}: {parts['found']}" if parts else _ending(code, log),
         where="",
         traceback="",
-        exit_code=128 + number,
-        log=str(run.rank_log(host, rank)),
-        parts={},
+        exit_code=_exit_code(code),
+        log=str(log),
+        parts=parts,
         echoes=echoes,
     )
 
 
-def _never_started(run: RunDir, plan: Plan, exit_code: int) -> Failure:
+def _no_rank(run: RunDir, plan: Plan, code: int) -> Failure:
+    """The ranks did not come to life, or what had started them was killed and took them with it."""
     host = plan.cluster.nodes[0].host
     log = run.node_log(host)
-    lines = [line for line in last_lines(log) if "Error" in line or "error" in line]
+    beats = [_last_beat(run, rank) for rank in range(plan.num_processes)]
+    last = max(beats, key=lambda beat: float(beat.get("time", 0.0)))
     return Failure(
         rank=None,
         host=host,
         device="",
-        step=0,
-        phase="start",
-        time=0.0,
-        cause=lines[-1].strip() if lines else f"{plan.backend} ended with {exit_code}",
+        step=last.get("step", 0),
+        phase=last.get("phase", "start"),
+        time=last.get("time", 0.0),
+        cause=f"{plan.backend} {_ending(code, log)}",
         where="",
         traceback="",
-        exit_code=exit_code if exit_code > 0 else 128 - exit_code,
+        exit_code=_exit_code(code),
         log=str(log),
         parts={},
         echoes=(),
     )
+
+
+def _ending(code: int, log: Path) -> str:
+    """How a process ended that left no reason: its signal, or its exit code and the last error in its log."""
+    if code < 0:
+        known = _SIGNALS.get(signal.Signals(-code))
+        return known or f"killed by {signal.Signals(-code).name}"
+    said = [line.strip() for line in last_lines(log) if _PYTHON_ERROR.search(line)]
+    return f"ended with exit code {code}{f': {said[-1]}' if said else ' and gave no reason'}"
+
+
+def _exit_code(code: int) -> int:
+    """A code as a shell gives it: 128 + signal for what was killed."""
+    return code if code > 0 else 128 - code
+
+
+def _disk_full(run: RunDir, phase: str) -> dict[str, str]:
+    return {
+        "you_set": f"run directory {run.path}",
+        "found": f"no space left on the device (at: {phase})",
+        "to_type": "make room there, then: launch resume RUN",
+    }
 
 
 def _where(traceback: str) -> str:

@@ -36,6 +36,7 @@ def line(screen: Console, label: str, text: str) -> None:
 
 
 def gib(num_bytes: float) -> str:
+    """Bytes as GiB with three figures, without the unit."""
     return f"{num_bytes / GIB:.2f}" if num_bytes < 10 * GIB else f"{num_bytes / GIB:.1f}"
 
 
@@ -254,18 +255,17 @@ def show_done(screen: Console, plan: Plan, outcome: Outcome, run: Path) -> None:
 
 def show_failure(screen: Console, failure: Failure, run: Path, newest: str | None) -> None:
     """The first rank that failed: who, why, where, and what to type. Other ranks are only counted."""
-    if failure.rank is None:
+    training = failure.phase in ("train", "evaluate", "save")
+    at = f"at step {failure.step}" if training else f"while it was at: {failure.phase}"
+    if failure.rank is not None:
+        line(screen, "failed", f"rank {failure.rank} ({failure.host}, {failure.device}) {at}")
+    elif failure.phase == "start":
         line(screen, "failed", f"the ranks did not start on {failure.host}")
     else:
-        at = (
-            f"at step {failure.step}"
-            if failure.phase in ("train", "evaluate", "save")
-            else f"while it was at: {failure.phase}"
-        )
-        line(screen, "failed", f"rank {failure.rank} ({failure.host}, {failure.device}) {at}")
+        line(screen, "failed", f"all ranks ({failure.host}) {at}")
     line(screen, "  cause", failure.cause)
     if failure.parts:
-        line(screen, "  remedy", failure.parts["to_type"])
+        line(screen, "  remedy", failure.parts["to_type"].replace("resume RUN", f"resume {_shown(str(run))}"))
     elif failure.where:
         line(screen, "  where", failure.where)
     line(screen, "  log", _shown(failure.log))

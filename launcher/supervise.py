@@ -6,11 +6,13 @@ The supervisor is one thread that polls: the files ranks write, and the processe
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,6 +32,7 @@ from launcher.rundir import RunDir, append_event, read_events, read_json, write_
 
 Listener = Callable[[dict[str, Any]], None]
 _POLL_SECONDS = 0.1
+_PR_SET_PDEATHSIG = 1
 # torchrun needs about a second to end its workers; ten are promised in all.
 _GRACE_SECONDS = 6.0
 
@@ -55,6 +58,19 @@ def write_run(plan: Plan, run: RunDir, resuming: bool) -> None:
     with run.commands.open("a", encoding="utf-8") as file:
         for command in (prepare_command(plan, run), *node_commands(plan, run)):
             file.write(f"{command}\n")
+
+
+@contextlib.contextmanager
+def kept_where_refused(run: RunDir) -> Iterator[None]:
+    """Put recipe, plan and prepared data of a run back when its resume is refused: the next one would stumble over what this one set."""
+    files = (run.recipe, run.plan, run.prepared, run.environment)
+    before = {path: path.read_text(encoding="utf-8") for path in files if path.is_file()}
+    try:
+        yield
+    except PreflightError:
+        for path, text in before.items():
+            write_atomic(path, text)
+        raise
 
 
 def continue_from(plan: Plan, chosen: Verdict | None) -> Plan:
@@ -100,7 +116,10 @@ class StopRequest:
         def handle(number: int, _: FrameType | None) -> None:
             self.signal = self.signal or number
 
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup a run outlives its terminal
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, handle) for number in numbers}
         try:
             yield self
         finally:
@@ -137,6 +156,10 @@ class Supervisor:
             except InterruptedRunError:
                 self._report(InterruptedRunError.exit_code, None)
                 raise
+            except PreflightError as error:
+                if self.plan.resume_from is None:  # a resume that is refused leaves the story as it was
+                    self._report(error.exit_code, None)
+                raise
         failure = None if code == 0 else first_failure(self.run, self.plan, code)
         return Outcome(
             failure.exit_code if failure else 0, self._report(failure.exit_code if failure else 0, failure), failure
@@ -149,8 +172,14 @@ class Supervisor:
 
     def _report(self, exit_code: int, failure: Failure | None) -> Numbers:
         story = numbers(self.run, self.seconds)
-        write_report(self.run, self.plan, exit_code, story, failure)
+        with contextlib.suppress(OSError):  # on a full disk the person at least reads what happened
+            write_report(self.run, self.plan, exit_code, story, failure)
         return story
+
+    def _say(self, event: dict[str, Any]) -> None:
+        """Tell the listener. A terminal or pipe that is gone ends no run; rich makes a SystemExit of it."""
+        with contextlib.suppress(OSError, SystemExit):
+            self.tell(event)
 
     def _clear_signs_of_earlier_attempts(self) -> None:
         for folder in (self.run.errors, self.run.heartbeats):
@@ -172,8 +201,10 @@ class Supervisor:
             rest += process.stdout.read() or b""
             *lines, rest = rest.split(b"\n")
             for line in lines:
-                last = json.loads(line)
-                self.tell(last)
+                event = _event(line)
+                if event:
+                    last = event
+                    self._say(event)
             if code is not None:
                 break
             self._end_if_asked(stop, process)
@@ -188,7 +219,7 @@ class Supervisor:
             lines_of_log = "\n".join(f"    {line}" for line in last_lines(log, 6))
             raise PreflightError("prepare", f"ended with {code}; its last words:\n{lines_of_log}", f"see {log}")
         self._check_resume()
-        self.tell({"event": "prepared", **(read_json(self.run.prepared) or {}), "seconds": self.seconds["prepare"]})
+        self._say({"event": "prepared", **(read_json(self.run.prepared) or {}), "seconds": self.seconds["prepare"]})
 
     def _check_resume(self) -> None:
         """Whether the checkpoint to go on from fits the rows that were prepared, and has anything left to do.
@@ -246,7 +277,7 @@ class Supervisor:
                 self.seconds.setdefault("start", since)
             if event["event"] == "log":
                 self.seconds.setdefault("first_step", since)
-            self.tell({**event, "seconds": since})
+            self._say({**event, "seconds": since})
         return offset
 
     def _end_if_asked(self, stop: StopRequest, process: subprocess.Popen[bytes]) -> None:
@@ -254,7 +285,7 @@ class Supervisor:
         if stop.signal is None:
             return
         name = signal.Signals(stop.signal).name
-        self.tell({"event": "stopping", "signal": name})
+        self._say({"event": "stopping", "signal": name})
         end(process, self._recorded())
         raise InterruptedRunError(
             name, "every process of this run has ended", f"go on later with: launch resume {_shown(self.run.path)}"
@@ -266,7 +297,25 @@ class Supervisor:
         return [beat for beat in beats if beat]
 
 
+def _event(line: bytes) -> dict[str, Any]:
+    """What prepare said in a line; empty for what a library or a model's own code printed in between."""
+    with contextlib.suppress(ValueError):
+        value = json.loads(line)
+        if isinstance(value, dict) and "event" in value:
+            return value
+    return {}
+
+
 def _start(command: NodeCommand, **streams: Any) -> subprocess.Popen[bytes]:
+    launcher, libc = os.getpid(), ctypes.CDLL(None)
+
+    def die_with_launcher() -> None:
+        # Asked for here, before the program's own start, so that a launcher killed meanwhile leaves nothing either (Linux).
+        if sys.platform == "linux":
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != launcher:
+                os._exit(1)
+
     # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which then ends the others in order.
     return subprocess.Popen(
         command.argv,
@@ -274,6 +323,7 @@ def _start(command: NodeCommand, **streams: Any) -> subprocess.Popen[bytes]:
         cwd=command.cwd,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
+        preexec_fn=die_with_launcher,
         **streams,
     )
 

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from launcher.cluster import GIB, resolve_cluster
 from launcher.errors import DoesNotFitError, RecipeError
+from launcher.families import family
 from launcher.modelshape import shape_of
 from launcher.plan import Plan, budget_bytes, identity, make_plan, steps_per_epoch, total_steps
 from launcher.recipe import Recipe, load_recipe
@@ -108,7 +109,7 @@ def test_a_naive_device_map_is_one_process_with_the_memory_of_all_devices() -> N
     assert plan.num_processes == 1
     assert budget_bytes(plan.strategy, plan.cluster) == 20 * GIB - 921 * 2**20
     assert plan.memory.total_bytes > 12 * GIB, "more than either card has"
-    assert not plan.gradient_checkpointing, "the batch is chosen for both cards, not for the smaller one"
+    assert plan.micro_batch == 4, "the batch is chosen for both cards, not for the smaller one"
 
 
 def test_ddp_on_unlike_cards_is_planned_for_the_smaller_one() -> None:
@@ -127,8 +128,8 @@ def test_ddp_on_unlike_cards_is_planned_for_the_smaller_one() -> None:
         ("A800-80GB", SMALL, "bf16", "every card has it and it needs no loss scaling"),
         ("2xcpu", SMALL, "fp32", "a CPU computes it fastest"),
         (["A800-80GB", "V100-32GB"], SMALL, "fp16", "V100-32GB has no bf16"),
-        ("A800-80GB", "THUDM/chatglm-6b", "fp16", "the model's own code loses positions in bf16 (chatglm)"),
-        ("A800-80GB", "THUDM/chatglm2-6b", "fp16", "the model's own code loses positions in bf16 (chatglm2)"),
+        ("A800-80GB", "THUDM/chatglm-6b", "fp16", f"not bf16: {family('chatglm').no_bf16}"),
+        ("A800-80GB", "THUDM/chatglm2-6b", "fp16", f"not bf16: {family('chatglm2').no_bf16}"),
         ("A800-80GB", "THUDM/chatglm3-6b", "bf16", "every card has it and it needs no loss scaling"),
     ],
 )
@@ -152,7 +153,7 @@ def test_dtype_follows_device_and_model(hardware: str | list[str], path: str, dt
             "A800-80GB",
             "THUDM/chatglm2-6b",
             "bf16",
-            "the own code of chatglm2 computes positions in bf16 and loses some. Set model.dtype=fp16",
+            f"not with chatglm2: {family('chatglm2').no_bf16}. Set model.dtype=fp16",
         ),
     ],
 )
@@ -201,13 +202,22 @@ def test_micro_batch_divides_and_is_the_largest_that_fits(
     train = {"global_batch": global_batch, "gradient_checkpointing": checkpointing}
     plan = planned(hardware, train=train)
     assert plan.micro_batch * plan.accumulation * plan.num_processes == plan.global_batch == global_batch
-    budget = budget_bytes(plan.strategy, plan.cluster)
+    budget = 0.9 * budget_bytes(plan.strategy, plan.cluster)  # an automatic choice leaves a tenth free
     assert plan.memory.total_bytes <= budget
     rows = global_batch // plan.num_processes
     largest = min(rows, 64 if plan.kind == "cuda" else 8)
     for size in (size for size in range(plan.micro_batch + 1, largest + 1) if rows % size == 0):
-        with pytest.raises(DoesNotFitError):
-            planned(hardware, train={**train, "micro_batch": size})
+        try:
+            larger = planned(hardware, train={**train, "micro_batch": size})
+        except DoesNotFitError:
+            continue
+        assert larger.memory.total_bytes > budget
+
+
+def test_a_card_that_would_idle_with_single_rows_computes_layers_twice_instead() -> None:
+    plan = planned("RTX 3060 12GiB", model={"path": SEVEN, "quantization": "nf4"}, data={"max_length": 512})
+    assert plan.gradient_checkpointing
+    assert plan.micro_batch >= 4
 
 
 def test_the_same_step_survives_other_hardware() -> None:
@@ -226,7 +236,7 @@ def test_a_micro_batch_that_was_asked_for_is_no_decision() -> None:
 def test_the_reason_of_the_micro_batch_names_the_room() -> None:
     plan = planned("A800-80GB", model={"path": SEVEN}, data={"max_length": 512}, train={"global_batch": 64})
     assert because(plan, "train.micro_batch") == (
-        "the largest that fits 80.0 GiB without gradient checkpointing, at most 64, and divides the global batch"
+        "the largest that fits 72.0 GiB without gradient checkpointing, at most 64, and divides the global batch"
     )
 
 
@@ -349,7 +359,7 @@ def test_all_problems_come_at_once() -> None:
         (
             "8xA800-80GB",
             {"model": {"path": SEVEN}, "adapter": {"type": "full"}},
-            {"adapter.type=lora", "strategy.type=zero3"},
+            {"adapter.type=lora"},
         ),
         (
             "RTX 3090",

@@ -16,15 +16,18 @@ from typing import Any
 
 from launcher.errors import PreflightError
 from launcher.plan import Plan, total_steps
-from launcher.rundir import RunDir, append_event
+from launcher.rundir import RunDir, append_event, read_json
 from launcher.worker.prepared import read_prepared
 from launcher.worker.pulse import Pulse, die_with_parent, log_to
 
 
 def main(plan_path: str) -> int:
     """Run this rank; its exit code."""
-    die_with_parent()
     run = RunDir(Path(plan_path).resolve().parent)
+    # Importing this file took half a second, in which torchrun may have ended.
+    die_with_parent(
+        (read_json(run.heartbeats / "node.json") or {}).get("pid") if "TORCHELASTIC_RUN_ID" in os.environ else None
+    )
     pulse = Pulse(run)
     log_to(run.rank_log(socket.gethostname(), pulse.rank))
     faulthandler.enable()

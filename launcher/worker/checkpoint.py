@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from launcher.manifest import FILE_NAME, Manifest, best_first, describe_file, folders, sync_folder
@@ -57,7 +57,11 @@ def save_checkpoint(run: RunDir, plan: Plan, at: Position, write: Callable[[Path
     error: str | None = None
     try:
         write(staging)
-    except OSError as failure:
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as failure:  # torch and safetensors have errors of their own for a full disk
         error = f"rank {rank}: {failure}"
     errors = [message for message in _gather(error) if message]
     if errors:

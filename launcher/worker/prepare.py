@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -45,6 +46,8 @@ _OTHER_PATTERNS = ("*.json", "*.model", "*.txt", "*.py", "*.jinja", "*.tiktoken"
 def main(plan_path: str) -> int:
     """Prepare the run that a plan belongs to; the exit code."""
     die_with_parent()
+    # As an exception, so that a half-made folder of the cache goes with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     run = RunDir(Path(plan_path).resolve().parent)
     try:
         plan = Plan.model_validate_json(run.plan.read_text(encoding="utf-8"))
@@ -52,13 +55,16 @@ def main(plan_path: str) -> int:
     except LaunchError as error:
         _say(event="error", you_set=error.you_set, found=error.found, to_type=error.to_type, exit_code=error.exit_code)
         return error.exit_code
-    except OSError as error:
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        # safetensors has an error of its own for a full disk.
+        if not isinstance(error, OSError) and "No space left on device" not in reason:
+            raise
         traceback.print_exc()
-        what = f"{cache_folder()}: {error.strerror}"
         _say(
             event="error",
-            you_set="prepare",
-            found=what,
+            you_set=f"prepare, into {cache_folder()}",
+            found=reason,
             to_type="make room there, or set LAUNCH_CACHE to another folder",
             exit_code=4,
         )

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from launcher.errors import UsageError
 from launcher.rundir import RunDir, read_json, write_json
 
 
@@ -58,8 +59,15 @@ class Prepared(BaseModel):
 
 
 def read_prepared(run: RunDir) -> Prepared:
-    """What prepare left in this run directory."""
-    return Prepared.model_validate(read_json(run.prepared))
+    """What prepare left in this run directory.
+
+    Raises:
+        UsageError: nothing: the run ended before its data were prepared.
+    """
+    value = read_json(run.prepared)
+    if value is None:
+        raise UsageError(f"run {run.path}", "ended before it was prepared", f"go on with it: launch resume {run.path}")
+    return Prepared.model_validate(value)
 
 
 def write_prepared(run: RunDir, prepared: Prepared) -> None:

@@ -5,6 +5,7 @@ The supervisor reads them; they name the process by pid and start time, so that 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -56,8 +57,11 @@ class Pulse:
             # No fsync: after a crash of the machine nobody needs it, and a disk must not slow a step down.
             path = self.run.heartbeat(self.rank)
             temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text(json.dumps({**self._identity, "phase": self.phase, "step": self.step, "time": now}))
-            temporary.rename(path)
+            with contextlib.suppress(OSError):  # a full disk is found by whoever has something to save
+                temporary.write_text(
+                    json.dumps({**self._identity, "phase": self.phase, "step": self.step, "time": now})
+                )
+                temporary.rename(path)
 
     def failed(self, error: BaseException, device: str) -> int:
         """Write errors/<rank>.json; the exit code of this rank."""
@@ -67,22 +71,21 @@ class Pulse:
             if isinstance(error, LaunchError)
             else {}
         )
-        write_json(
-            self.run.error(self.rank),
-            {
-                **self._identity,
-                "local_rank": self.local_rank,
-                "device": device,
-                "time": time.time(),
-                "phase": self.phase,
-                "step": self.step,
-                "type": f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins."),
-                "message": str(error),
-                "traceback": "".join(traceback.format_exception(error)),
-                "exit_code": exit_code,
-                **parts,
-            },
-        )
+        told = {
+            **self._identity,
+            "local_rank": self.local_rank,
+            "device": device,
+            "time": time.time(),
+            "phase": self.phase,
+            "step": self.step,
+            "type": f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins."),
+            "message": str(error),
+            "traceback": "".join(traceback.format_exception(error)),
+            "exit_code": exit_code,
+            **parts,
+        }
+        with contextlib.suppress(OSError):  # on a full disk the exit code has to do
+            write_json(self.run.error(self.rank), told)
         return exit_code
 
 
@@ -95,10 +98,14 @@ def process_start(pid: int) -> int:
     return int(stat.rpartition(")")[2].split()[19])
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent ends, so that a killed launcher leaves no orphan (Linux)."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask the kernel to kill this process when its parent ends, so that a killed launcher leaves no orphan (Linux).
+
+    Args:
+        parent: pid of who started it, where that is known; without it a parent that ended before this call is not missed.
+    """
     if sys.platform == "linux":
-        parent = os.getppid()
+        parent = parent or os.getppid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it ended before the call
             os.kill(os.getpid(), signal.SIGKILL)

@@ -1,20 +1,25 @@
-"""torchrun, with one file more: errors/node.json says how each rank ended, because torchrun's own exit code is always 1.
+"""torchrun, with two files more: errors/node.json says how each rank ended, because torchrun's own exit code is always 1, and
+heartbeat/node.json which process the ranks belong to.
 
 Takes torchrun's command line; the last argument is RUN/plan.json.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from pathlib import Path
 
 from launcher.rundir import RunDir, write_json
-from launcher.worker.pulse import die_with_parent
+from launcher.worker.pulse import die_with_parent, process_start
 
 
 def main(argv: list[str]) -> int:
     """Run torchrun; 0 or the exit code of the rank that torchrun saw fail first (128 + signal when killed)."""
     die_with_parent()
+    run = RunDir(Path(argv[-1]).resolve().parent)
+    write_json(run.heartbeats / "node.json", {"pid": os.getpid(), "started": process_start(os.getpid())})
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
@@ -26,8 +31,8 @@ def main(argv: list[str]) -> int:
             for rank, failure in error.failures.items()
         }
         first_rank, first = error.get_first_failure()
-        errors = RunDir(Path(argv[-1]).resolve().parent).errors
-        write_json(errors / "node.json", {"first": first_rank, "ranks": failures})
+        with contextlib.suppress(OSError):  # on a full disk the exit code has to do
+            write_json(run.errors / "node.json", {"first": first_rank, "ranks": failures})
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
     return 0
 

@@ -237,7 +237,12 @@ def launch_env(launch_cache: Path) -> dict[str, str]:
     """The environment of every launch: our cache, no user settings that change what is printed."""
     env = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "HF_TOKEN", "PYTHONPATH")}
     # Whoever asks for a hub gets no answer, at once, with or without a network.
-    return {**env, "LAUNCH_CACHE": str(launch_cache), "HF_HOME": str(launch_cache / "hf"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    return {
+        **env,
+        "LAUNCH_CACHE": str(launch_cache),
+        "HF_HOME": str(launch_cache / "hf"),
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+    }
 
 
 @pytest.fixture

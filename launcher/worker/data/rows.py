@@ -184,6 +184,11 @@ def _text(row: dict[str, Any], name: str, required: bool = True) -> str:
         raise BadRowError(f"field {name!r} is {_kind(value)}, not text")
     if required and not value.strip():
         raise BadRowError(f"field {name!r} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(value[error.start]):04x}"
+        raise BadRowError(f"field {name!r} holds half a character ({half}), which no tokenizer takes") from None
     return value
 
 
@@ -258,4 +263,4 @@ def _read_parquet(file: Path) -> Iterator[RawRow]:
                 number += 1
                 yield RawRow(f"{file}:row {number}", value)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"data.path: {file}", f"is no valid Parquet: {error}", "write it again") from None
+        raise DataError(f"data.path: {file}", f"is no valid Parquet: {str(error).strip()}", "write it again") from None

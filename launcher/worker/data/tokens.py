@@ -94,7 +94,7 @@ class Prompter:
         if self.named is None:
             return [], []  # a chat template writes its own
         before_answer = self._ids_of(self.named.answer_tokens)
-        if self.named.prefix_tokens:
+        if self.named.prefix_tokens or self.named.answer_tokens:
             return self._ids_of(self.named.prefix_tokens), before_answer
         added: list[int] = self.tokenizer("")["input_ids"]
         return [token for token in added if token not in (self.tokenizer.eos_token_id, *before_answer)], before_answer

@@ -1,0 +1,250 @@
+"""What does a step of our Trainer cost over a step of the plain transformers.Trainer?      goal: at most 2 %
+
+    python benchmarks/trainer_overhead.py [--rounds 8] [--steps 40] [--out benchmarks/results/trainer_overhead_<hardware>_<date>.md]
+
+Both train the same model from the same weights on the same batches in the same order, in turns inside the same processes (A B, B A, …):
+
+    A  transformers.Trainer with the arguments of the plan; it logs nothing, writes nothing and counts nothing
+    B  PlannedTrainer as in a run: order of rows, token counts, checks, heartbeat, TensorBoard and events.jsonl every 10 steps
+
+With one process and with two ranks over gloo, on a model whose step takes some ten milliseconds (the goal is about this one) and on
+a tiny one, where the absolute cost of a step shows more clearly. The clock runs from the start of step WARM_UP to the start of the last
+step, so neither building nor saving is part of it. CPU time is that of all threads of all ranks: on a machine that others use it is
+steadier than the wall clock. After every turn the trained weights of A and B have to be the same to the last bit. Takes two to three minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from page import Page, environment, seconds
+
+from launcher.cluster import resolve_cluster
+from launcher.command import node_commands, prepare_command, worker_environment
+from launcher.modelshape import shape_of
+from launcher.plan import Plan, make_plan
+from launcher.recipe import load_recipe
+from launcher.rundir import RunDir
+from launcher.supervise import write_run
+
+GOAL = 0.02
+WARM_UP = 5
+RESULT = "overhead.json"
+SHAPES = {
+    "realistic": "{model_type: llama, hidden_size: 256, intermediate_size: 512, num_hidden_layers: 3, num_attention_heads: 4, "
+    "num_key_value_heads: 4, vocab_size: 1024, max_position_embeddings: 128, tie_word_embeddings: false}",
+    "tiny": "{model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2, "
+    "num_key_value_heads: 2, vocab_size: 512, max_position_embeddings: 128, tie_word_embeddings: false}",
+}
+# How many times more steps a turn on this model has.
+LONGER = {"realistic": 1, "tiny": 4}
+_RECIPE = """\
+model: {{config: {shape}}}
+data: {{path: rows.json, format: alpaca, max_length: {length}}}
+adapter: {{type: lora, targets: all-linear}}
+train: {{max_steps: {steps}, micro_batch: {rows}, global_batch: {global_rows}, lr: 1e-3}}
+checkpoint: {{every_steps: 1000000, keep: 1}}
+hardware: {ranks}xcpu
+"""
+
+
+def main() -> None:
+    """Measure all four cases, and write the page."""
+    parser = argparse.ArgumentParser(description="Measure what a step of our Trainer costs over a plain one.")
+    parser.add_argument("--rounds", type=int, default=8, help="turns of each of the two (default 8)")
+    parser.add_argument("--steps", type=int, default=40, help="steps that are timed in a turn (default 40)")
+    parser.add_argument("--out", type=Path, help="write the page here instead of printing it")
+    parser.add_argument("plan", nargs="?", type=Path, help=argparse.SUPPRESS)  # how the script starts its own ranks
+    options = parser.parse_args()
+    if options.plan is not None:
+        be_a_rank(options.plan)
+        return
+    page = Page(
+        "Overhead of a training step", "What does a step of PlannedTrainer cost over one of transformers.Trainer?"
+    )
+    cases = [(shape, ranks, run_case(shape, ranks, options)) for shape in SHAPES for ranks in (1, 2)]
+    page.section(
+        "Result",
+        "Overhead: median over the rounds of PlannedTrainer ÷ Trainer − 1, each round timing both one after the other. "
+        f"The goal is about the realistic model; the tiny one shows the absolute cost. {options.rounds} rounds.",
+    )
+    columns = ["model, ranks", "Trainer, steps/s", "PlannedTrainer, steps/s"]
+    columns += ["overhead, wall", "overhead, CPU", "µs a step, wall", "µs a step, CPU", "goal", "met"]
+    page.table(columns, [summary(*case) for case in cases])
+    page.section("Every turn", "Milliseconds a step; CPU time is the sum over all ranks.")
+    columns = ["model, ranks, what", "Trainer", "PlannedTrainer"]
+    page.table(columns, [row for case in cases for row in raw(*case)])
+    page.finish(options.out)
+
+
+def run_case(shape: str, ranks: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Prepare a run like any other, start its ranks with this script in place of the worker, and read what they measured."""
+    with tempfile.TemporaryDirectory(prefix="launch-overhead-") as name:
+        folder = Path(name)
+        steps = options.steps * LONGER[shape]
+        plan, run = planned(folder, shape, ranks, WARM_UP + steps + 1)
+        cache = environment() | {"LAUNCH_CACHE": str(folder / "cache")}
+        prepare = prepare_command(plan, run)
+        subprocess.run(prepare.argv, env=cache | prepare.env, check=True, stdout=subprocess.DEVNULL)
+        (run.path / "options.json").write_text(json.dumps({"rounds": options.rounds, "last": WARM_UP + steps}))
+        (command,) = node_commands(plan, run)
+        assert command.argv[-3:] == ("-m", "launcher.worker", str(run.plan)), "how ranks are started has changed"
+        argv = [*command.argv[:-3], str(Path(__file__).resolve()), str(run.plan)]
+        ended = subprocess.run(argv, env=cache | command.env, check=False, stdout=subprocess.DEVNULL, timeout=600)
+        if ended.returncode:
+            raise SystemExit(f"the ranks of {shape} × {ranks} ended with {ended.returncode}; see above")
+        measured: dict[str, Any] = json.loads((run.path / RESULT).read_text())
+        print(" ".join(f"{cell:>14}" for cell in summary(shape, ranks, measured)), file=sys.stderr)
+        return measured
+
+
+def planned(folder: Path, shape: str, ranks: int, steps: int) -> tuple[Plan, RunDir]:
+    """A plan and its run directory, from a recipe with one epoch of rows that are all longer than max_length."""
+    rows, length = (8, 96) if shape == "realistic" else (2, 32)
+    words = random.Random(0)
+    vocabulary = ["".join(words.choices("abcdefghijklmnop", k=5)) for _ in range(300)]
+    texts = [" ".join(words.choices(vocabulary, k=length)) for _ in range(steps * rows * ranks)]
+    (folder / "rows.json").write_text(json.dumps([{"instruction": "Go on", "output": text} for text in texts]))
+    recipe = folder / "overhead.yaml"
+    values = {"shape": SHAPES[shape], "length": length, "steps": steps, "rows": rows, "ranks": ranks}
+    recipe.write_text(_RECIPE.format(global_rows=rows * ranks, **values))
+    loaded = load_recipe(recipe, ())
+    cluster = resolve_cluster(loaded.recipe.hardware, None)
+    plan = make_plan(loaded.name, loaded.recipe, cluster, shape_of(loaded.recipe.model, loaded.document.folder))
+    run = RunDir(folder / "run")
+    run.create()
+    write_run(plan, run, resuming=False)
+    return plan, run
+
+
+def be_a_rank(plan_path: Path) -> None:
+    """Both trainers in turns; rank 0 writes what all ranks measured."""
+    import torch
+    import torch.distributed as dist
+    from datasets import Dataset, load_from_disk
+    from transformers import Trainer
+
+    from launcher.worker.adapters import with_adapter
+    from launcher.worker.data.batches import StepOrder, collator
+    from launcher.worker.model import load_model
+    from launcher.worker.prepared import read_prepared
+    from launcher.worker.pulse import Pulse
+    from launcher.worker.training import PlannedTrainer, training_arguments
+
+    run = RunDir(plan_path.parent)
+    plan = Plan.model_validate_json(plan_path.read_text(encoding="utf-8"))
+    options, prepared = json.loads((run.path / "options.json").read_text()), read_prepared(run)
+    if plan.num_processes > 1:
+        dist.init_process_group("gloo")
+    rows = load_from_disk(f"{prepared.data_dir}/train")
+    base = load_model(plan, prepared.model_dir, torch.device("cpu"))
+    torch.manual_seed(plan.recipe.train.seed)
+    base = with_adapter(base, plan, plan.recipe.train.max_steps or 0)
+    seed, bucketed = plan.recipe.train.seed, plan.batching == "bucketed"
+    order = list(StepOrder(rows["length"][:], plan.global_batch, seed, bucketed))
+    in_order = Dataset.from_dict(rows.select(order).to_dict())
+
+    def plain(_: RunDir) -> Trainer:
+        """The plain Trainer, with the rows already in the order that ours chooses."""
+        arguments = training_arguments(plan, run, len(rows))
+        arguments.train_sampling_strategy = "sequential"
+        collate = collator(plan.batching, prepared.pad_token_id)
+        return Trainer(model=copy.deepcopy(base), args=arguments, train_dataset=in_order, data_collator=collate)
+
+    def ours(where: RunDir) -> Trainer:
+        """The Trainer of a run, in a run directory of its own."""
+        parts = {"model": copy.deepcopy(base), "train": rows, "eval": []}
+        return PlannedTrainer(plan, where, prepared, parts, Pulse(where))
+
+    turns: dict[str, list[dict[str, float]]] = {"plain": [], "ours": []}
+    for number in range(options["rounds"] + 1):
+        sides = [("plain", plain), ("ours", ours)]
+        weights = set()
+        for name, make in sides if number % 2 == 0 else sides[::-1]:
+            turn, digest = take_turn(make, fresh(run, number), options["last"])
+            weights.add(digest)
+            if number > 0:  # the first round warms everything up
+                turns[name].append(turn)
+        if len(weights) > 1:
+            raise SystemExit(f"round {number}: the two trainers ended with different weights")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if int(os.environ.get("RANK", "0")) == 0:
+        (run.path / RESULT).write_text(json.dumps(turns))
+
+
+def fresh(run: RunDir, number: int) -> RunDir:
+    """An empty run directory with the plan of another one."""
+    where = RunDir(run.path / f"turn-{number}")
+    where.create()
+    for source in (run.plan, run.recipe):
+        shutil.copyfile(source, where.path / source.name)
+    return where
+
+
+def take_turn(make: Callable[[RunDir], Any], where: RunDir, last: int) -> tuple[dict[str, float], str]:
+    """Train once; seconds a step on the wall and on the CPUs of all ranks, and a digest of the trained weights."""
+    import torch
+    import torch.distributed as dist
+    from transformers import TrainerCallback
+
+    readings: list[tuple[float, float]] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step in (WARM_UP, last):
+                readings.append((time.perf_counter(), time.process_time()))
+
+    trainer = make(where)
+    trainer.add_callback(Clock())
+    trainer.train()
+    (wall_before, cpu_before), (wall_after, cpu_after) = readings
+    cpu = torch.tensor(cpu_after - cpu_before, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(cpu)
+    digest = hashlib.sha256()
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            digest.update(parameter.detach().numpy().tobytes())
+    steps = last - WARM_UP
+    return {"wall": (wall_after - wall_before) / steps, "cpu": float(cpu) / steps}, digest.hexdigest()
+
+
+def summary(shape: str, ranks: int, turns: dict[str, Any]) -> list[str]:
+    """The row of a case: speeds, ratios, absolute cost."""
+    pairs = list(zip(turns["plain"], turns["ours"], strict=True))
+    shares = {what: statistics.median(b[what] / a[what] for a, b in pairs) - 1 for what in ("wall", "cpu")}
+    extra = {what: statistics.median(b[what] - a[what] for a, b in pairs) * 1e6 for what in ("wall", "cpu")}
+    speed = [1 / statistics.median(turn["wall"] for turn in turns[side]) for side in ("plain", "ours")]
+    goal = [f"≤ {GOAL:.0%}", "yes" if shares["cpu"] <= GOAL else "**no**"] if shape == "realistic" else ["", ""]
+    cells = [f"{value:.2f}" for value in speed] + [f"{shares[what]:+.2%}" for what in ("wall", "cpu")]
+    return [f"{shape}, {ranks}", *cells, f"{extra['wall']:+.0f}", f"{extra['cpu']:+.0f}", *goal]
+
+
+def raw(shape: str, ranks: int, turns: dict[str, Any]) -> list[list[str]]:
+    """The rows of a case with every turn."""
+    return [
+        [
+            f"{shape}, {ranks}, {what}",
+            *(seconds((turn[key] * 1e3 for turn in turns[side]), 2) for side in ("plain", "ours")),
+        ]
+        for what, key in (("wall", "wall"), ("CPU", "cpu"))
+    ]
+
+
+if __name__ == "__main__":
+    main()

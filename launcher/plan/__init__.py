@@ -1,0 +1,38 @@
+"""(Recipe, Cluster, ModelShape) in, one frozen Plan out: everything that was `auto` decided, each decision with its reason.
+
+Pure: no file is read and no device is touched. The plan goes to RUN/plan.json as it is, and the workers read nothing else.
+`model` is what a plan is, `deciding` how it is made, `remedies` what to type when it does not fit.
+"""
+
+from __future__ import annotations
+
+from launcher.cluster import Cluster
+from launcher.modelshape import ModelShape
+from launcher.plan.deciding import Deciding
+from launcher.plan.model import Decision, Plan, budget_bytes, identity, lacking_bytes, steps_per_epoch, total_steps
+from launcher.plan.remedies import does_not_fit
+from launcher.recipe import Recipe
+
+__all__ = [
+    "Decision",
+    "Plan",
+    "budget_bytes",
+    "identity",
+    "lacking_bytes",
+    "make_plan",
+    "steps_per_epoch",
+    "total_steps",
+]
+
+
+def make_plan(name: str, recipe: Recipe, cluster: Cluster, shape: ModelShape) -> Plan:
+    """Decide everything.
+
+    Raises:
+        RecipeError: the recipe asks for what this model or these devices cannot do.
+        DoesNotFitError: it needs more memory than a device has; its last part lists changes that were planned and do fit.
+    """
+    plan = Deciding(recipe, cluster, shape).plan(name)
+    if lacking_bytes(plan) > 0:
+        raise does_not_fit(plan)
+    return plan

@@ -1,0 +1,112 @@
+"""The Plan itself: plain values, frozen, JSON both ways. Made by `deciding`, read by everything after it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from launcher.cluster import Cluster
+from launcher.memory import Memory
+from launcher.modelshape import ModelShape
+from launcher.recipe import Recipe
+
+Dtype = Literal["bf16", "fp16", "fp32"]
+Batching = Literal["padded", "bucketed", "packed"]
+Targets = tuple[str, ...] | Literal["all-linear"]
+
+
+class Decision(BaseModel):
+    """A value that was derived, and why."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: str
+    value: str
+    because: str
+
+
+class Plan(BaseModel):
+    """All that a run is, before it starts.
+
+    Args:
+        weights_dtype: precision in which the base weights lie in memory (dtype is that of the computation).
+        targets: module names that get an adapter; `all-linear`; or empty for full training.
+        micro_batch, accumulation, global_batch: rows; global = num_processes × micro × accumulation.
+        memory: bytes of one device, the fullest.
+        resume_from: checkpoint folder below the run directory, None for a fresh start.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: str
+    name: str
+    recipe: Recipe
+    cluster: Cluster
+    shape: ModelShape
+    strategy: str
+    backend: str
+    num_processes: int
+    dtype: Dtype
+    weights_dtype: Dtype
+    targets: Targets
+    trainable_parameters: int
+    micro_batch: int
+    accumulation: int
+    global_batch: int
+    gradient_checkpointing: bool
+    batching: Batching
+    memory: Memory
+    decisions: tuple[Decision, ...]
+    resume_from: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """cuda or cpu."""
+        return self.cluster.kind
+
+
+def identity(plan: Plan) -> dict[str, Any]:
+    """What has to be the same for a checkpoint to be continued: weights, optimizer state and order of rows depend on it."""
+    recipe = plan.recipe
+    return {
+        "model.path": recipe.model.path,
+        "model.config": recipe.model.config,
+        "model.revision": recipe.model.revision,
+        "model.quantization": recipe.model.quantization,
+        "adapter.type": recipe.adapter.type,
+        "adapter.r": recipe.adapter.r,
+        "adapter.init_r": recipe.adapter.init_r,
+        "adapter.alpha": recipe.adapter.alpha,
+        "adapter.targets": plan.targets if isinstance(plan.targets, str) else list(plan.targets),
+        "adapter.modules_to_save": list(recipe.adapter.modules_to_save),
+        "data.batching": plan.batching,
+        "train.optimizer": recipe.train.optimizer,
+        "train.seed": recipe.train.seed,
+        "train.global_batch": recipe.train.global_batch,
+    }
+
+
+def steps_per_epoch(plan: Plan, num_rows: int) -> int:
+    """Optimizer steps in which every training row is seen once."""
+    return -(-num_rows // plan.global_batch)
+
+
+def total_steps(plan: Plan, num_rows: int) -> int:
+    """Optimizer steps of the whole run."""
+    train = plan.recipe.train
+    return train.max_steps or max(1, round(steps_per_epoch(plan, num_rows) * train.epochs))
+
+
+def budget_bytes(strategy: str, cluster: Cluster) -> int:
+    """What a plan's memory may come to: the free bytes of the smallest device.
+
+    A device map splits the weights; until it is placed layer by layer the sum over all devices is what has to suffice.
+    """
+    free = [device.memory_bytes - device.reserved_bytes for device in cluster.devices]
+    return sum(free) if strategy == "device_map" else min(free)
+
+
+def lacking_bytes(plan: Plan) -> int:
+    """How many bytes the plan is short of; negative where it fits."""
+    return plan.memory.total_bytes - budget_bytes(plan.strategy, plan.cluster)
