@@ -60,7 +60,11 @@ def test_the_control_side_names_no_heavy_library() -> None:
 
 
 def test_planning_loads_no_torch(tmp_path: Path) -> None:
-    code = "import sys; from launcher.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\nprint([m for m in %r if m in sys.modules])"
+    code = (
+        "import sys; from launcher.cli import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "print([m for m in %r if m in sys.modules])"
+    )
     recipe = PACKAGE.parent / "recipes" / "alpaca_lora_8xa800.yaml"
     done = subprocess.run(
         [sys.executable, "-c", code % (HEAVY,), "plan", str(recipe)], capture_output=True, text=True, check=True

@@ -57,11 +57,8 @@ def save_checkpoint(run: RunDir, plan: Plan, at: Position, write: Callable[[Path
     error: str | None = None
     try:
         write(staging)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as failure:  # torch and safetensors have errors of their own for a full disk
+    except (OSError, RuntimeError, SafetensorError) as failure:
+        # torch and safetensors have errors of their own for a full disk.
         error = f"rank {rank}: {failure}"
     errors = [message for message in _gather(error) if message]
     if errors:
@@ -69,24 +66,25 @@ def save_checkpoint(run: RunDir, plan: Plan, at: Position, write: Callable[[Path
             shutil.rmtree(staging, ignore_errors=True)
         raise OSError(f"checkpoint step-{at.step} was not saved: {errors[0]}")
     if rank == 0:
-        _commit(
-            staging,
-            target,
-            Manifest(
-                step=at.step,
-                epoch=at.epoch,
-                rows_key=at.rows_key,
-                identity=identity(plan),
-                eval_loss=at.eval_loss,
-                world={
-                    "num_processes": num_ranks,
-                    "strategy": plan.strategy,
-                    "micro_batch": plan.micro_batch,
-                    "accumulation": plan.accumulation,
-                },
-                files={},
-            ),
+        manifest = Manifest(
+            step=at.step,
+            epoch=at.epoch,
+            rows_key=at.rows_key,
+            identity=identity(plan),
+            eval_loss=at.eval_loss,
+            world={
+                "num_processes": num_ranks,
+                "strategy": plan.strategy,
+                "micro_batch": plan.micro_batch,
+                "accumulation": plan.accumulation,
+            },
+            files={},
         )
+        try:
+            _commit(staging, target, manifest)
+        except OSError:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
         _rotate(run, plan)
     _barrier()
     return target

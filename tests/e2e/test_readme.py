@@ -90,7 +90,7 @@ def test_the_model_answers_from_the_data_afterwards(quickstart: tuple[Path, str,
 
 def test_it_goes_on_and_is_taken_away(quickstart: tuple[Path, str, float]) -> None:
     folder, printed, _ = quickstart
-    resumed = typed(next_command(printed, "go on") + " train.max_steps=125", folder)
+    resumed = typed(next_command(printed, "go on") + " train.max_steps=150", folder)
     assert "complete, verified" in resumed
     exported = typed(next_command(printed, "take away"), folder)
     assert "same logits" in exported

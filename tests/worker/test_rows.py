@@ -87,15 +87,13 @@ def as_lines(rows: list[Any]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def as_parquet(rows: list[Any]) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(_all_columns(rows))), sink)
-    return sink.getvalue().to_pybytes()
-
-
-def _all_columns(rows: list[dict[str, Any]]) -> list[tuple[str, pa.DataType]]:
+def as_parquet(rows: list[Any], num_rows: int | None = None) -> bytes:
+    """The rows, or the first so many of them under the columns of all."""
     values = {name: value for row in rows for name, value in row.items()}
-    return [(name, pa.array([value]).type) for name, value in values.items()]
+    schema = pa.schema([(name, pa.array([value]).type) for name, value in values.items()])
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema).slice(0, num_rows), sink)
+    return sink.getvalue().to_pybytes()
 
 
 WRITERS = {".json": as_array, ".jsonl": as_lines, ".parquet": as_parquet}
@@ -242,9 +240,9 @@ ROW = {"instruction": "a", "output": "b"}
         ({**ROW, "output": ""}, "field 'output' is empty"),
         ({**ROW, "output": " \n"}, "field 'output' is empty"),
         ({**ROW, "instruction": ""}, "field 'instruction' is empty"),
-        ("just text", "is a str, not an object with fields"),
-        (["a", "b"], "is a list, not an object with fields"),
-        (None, "is a NoneType, not an object with fields"),
+        ("just text", "is of type str, not an object with fields"),
+        (["a", "b"], "is of type list, not an object with fields"),
+        (None, "is null, not an object with fields"),
     ],
 )
 def test_a_bad_row_is_named_with_file_and_line(bad_rows, row, problem):
@@ -264,7 +262,7 @@ def test_half_a_character_is_a_bad_row(bad_rows):
     [
         (None, "field 'messages' is null, not a list of messages"),
         ("a", "field 'messages' is of type str, not a list of messages"),
-        ([], "field 'messages' is of type list, not a list of messages"),
+        ([], "field 'messages' is empty, not a list of messages"),
         (["a"], "messages[0] is of type str, not an object with role and content"),
         ([{"role": "tool", "content": "a"}], "messages[0].role is 'tool', not one of system, user, assistant"),
         ([{"role": ["user"], "content": "a"}], "messages[0].role is ['user'], not one of system, user, assistant"),
@@ -320,7 +318,7 @@ def test_bad_rows_skip_leaves_them_out_and_says_which(read):
     assert bad == [
         "rows.jsonl:2  field 'text' is of type int, not text",
         "rows.jsonl:3  is no valid JSON: Expecting value",
-        "rows.jsonl:4  is a str, not an object with fields",
+        "rows.jsonl:4  is of type str, not an object with fields",
     ]
 
 
@@ -364,9 +362,14 @@ def test_another_encoding_is_named_with_its_first_byte_and_line(read, ending):
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda content: content[:-40], lambda content: b"", lambda content: b"text", lambda content: content[:100] + bytes(60) + content[160:]],
+    [
+        lambda content: content[:-40],
+        lambda content: b"",
+        lambda content: b"text",
+        lambda content: content[:100] + bytes(60) + content[160:],
+    ],
     ids=["cut", "empty", "text", "overwritten"],
-)  # fmt: skip
+)
 def test_a_damaged_parquet_file_is_refused(read, damage):
     content = as_parquet([{"text": f"row {number}"} for number in range(500)])
     with pytest.raises(DataError, match=r"^data\.path: rows\.parquet: is no valid Parquet: .+\n  write it again$"):
@@ -375,14 +378,16 @@ def test_a_damaged_parquet_file_is_refused(read, damage):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("rows.json", ""), ("rows.json", "[]"), ("rows.json", "[ \n ]"), ("rows.jsonl", "\n\n"), ("rows.txt", " \n"), ("rows.parquet", None)],
-)  # fmt: skip
+    [
+        ("rows.json", ""),
+        ("rows.json", "[]"),
+        ("rows.json", "[ \n ]"),
+        ("rows.jsonl", "\n\n"),
+        ("rows.txt", " \n"),
+        ("rows.parquet", as_parquet([{"text": "a"}], 0)),
+    ],
+)
 def test_a_file_without_rows_is_refused(read, name, content):
-    empty = as_parquet([{"text": "a"}])
-    if content is None:
-        sink = pa.BufferOutputStream()
-        pq.write_table(pq.read_table(pa.BufferReader(empty)).slice(0, 0), sink)
-        content = sink.getvalue().to_pybytes()
     with pytest.raises(DataError) as caught:
         read(name, content, format="text")
     assert str(caught.value) == f"data.path: {name}: holds no rows\n  check data.path and data.format"

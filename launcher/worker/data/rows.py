@@ -124,7 +124,7 @@ def to_conversation(value: Any, data: Data) -> list[Message]:
         BadRowError: a field is missing, of the wrong type or empty.
     """
     if not isinstance(value, dict):
-        raise BadRowError(f"is a {type(value).__name__}, not an object with fields")
+        raise BadRowError(f"is {_kind(value)}, not an object with fields")
     fields = data.fields
     if data.format == "context_target":
         return [
@@ -151,7 +151,8 @@ def to_conversation(value: Any, data: Data) -> list[Message]:
 def _messages(row: dict[str, Any], name: str, start: list[Message]) -> list[Message]:
     turns = row.get(name)
     if not isinstance(turns, list) or not turns:
-        raise BadRowError(f"field {name!r} is {_kind(turns)}, not a list of messages")
+        found = "empty" if turns == [] else _kind(turns)
+        raise BadRowError(f"field {name!r} is {found}, not a list of messages")
     messages: list[Message] = []
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict):

@@ -1,0 +1,150 @@
+"""Whoever stops a run, however and whenever: exit 130 in ten seconds, no process is left, and the run can go on later."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launcher import manifest
+from launcher.rundir import RunDir, read_json
+from tests.e2e.conftest import Launcher, Process, Sabotage, Started, all_gone, report_of
+
+LONG = "train.max_steps=100000"
+EVERY_50 = "checkpoint.every_steps=50"
+IGNORES_SIGTERM = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+SECONDS = 10.0
+
+
+def processes_of(started: Started, run_dir: Path) -> set[Process]:
+    """Everything that `launch` has started, whatever session it is in; the recorded ranks are among them."""
+    found = started.descendants()
+    recorded = [read_json(path) for path in RunDir(run_dir).heartbeats.glob("*.json")]
+    assert {(beat["pid"], beat["started"]) for beat in recorded if beat} <= found
+    return found
+
+
+def stop(started: Started, number: int) -> float:
+    """Send a signal to the launcher alone; the seconds until it has ended."""
+    sent = time.monotonic()
+    started.process.send_signal(number)
+    started.process.wait(SECONDS + 20)
+    return time.monotonic() - sent
+
+
+def assert_stopped(started: Started, took: float, number: int, processes: set[Process]) -> None:
+    name = signal.Signals(number).name
+    assert started.process.returncode == 130
+    assert took < SECONDS
+    assert all_gone(processes, 0.5)
+    assert started.stderr.startswith(f"error: {name}: every process of this run has ended")
+    assert "Traceback" not in started.stdout + started.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_while_training(number: signal.Signals, launch: Launcher, recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    started = launch.start(recipe, "--run-dir", run, LONG, EVERY_50)
+    started.wait_for_event(run, "save")
+    processes = processes_of(started, run)
+    assert len(processes) == 3, "torchrun and two ranks"
+
+    took = stop(started, number)
+
+    assert_stopped(started, took, number, processes)
+    assert "go on later with: launch resume run" in started.stderr
+    report = report_of(run)
+    assert (report["result"], report["exit_code"], report["failure"]) == ("interrupted", 130, None)
+    assert not list((run / "checkpoints").glob(".staging*")) or manifest.newest_valid(RunDir(run))[0]
+    if number == signal.SIGTERM:  # once is enough: it goes on to an end
+        newest, _ = manifest.newest_valid(RunDir(run))
+        assert newest is not None
+        resumed = launch("resume", run, f"train.max_steps={newest.step + 1}")
+        assert resumed.returncode == 0, resumed.stderr
+        assert f"step-{newest.step}: complete, verified" in resumed.stdout
+        assert report_of(run)["result"] == "done"
+
+
+def test_a_signal_while_preparing(launch: Launcher, recipe: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "many.jsonl"
+    row = {"instruction": "Say it again " * 40, "output": "again " * 40}
+    with rows.open("w") as file:
+        for number in range(60_000):
+            file.write(json.dumps({**row, "input": str(number)}) + "\n")
+    cache = tmp_path / "cache"
+    started = launch.start(recipe, f"data.path={rows}", "--run-dir", "run", LAUNCH_CACHE=str(cache))
+    half_made = started.wait_for(lambda: list(cache.glob(".*")))
+    processes = processes_of(started, tmp_path / "run")
+    assert len(processes) >= 1
+
+    took = stop(started, signal.SIGINT)
+
+    assert_stopped(started, took, signal.SIGINT, processes)
+    assert report_of(tmp_path / "run")["result"] == "interrupted"
+    assert not any(folder.exists() for folder in half_made), "nothing half-made stays in the cache"
+
+
+def test_a_signal_while_ranks_start(launch: Launcher, recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    started = launch.start(recipe, "--run-dir", run)
+    # Two Python processes below torchrun: they import torch and have joined nothing yet.
+    processes = started.wait_for(lambda: len(found := started.descendants()) == 3 and found)
+
+    took = stop(started, signal.SIGTERM)
+
+    assert_stopped(started, took, signal.SIGTERM, processes)
+    assert report_of(run)["steps"] == 0
+
+
+def test_ranks_that_ignore_sigterm_are_ended_by_force(
+    launch: Launcher, sabotage: Sabotage, recipe: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    stubborn = sabotage.module("launcher.worker.training", IGNORES_SIGTERM, ranks=(0, 1))
+    started = launch.start(recipe, "--run-dir", run, LONG, EVERY_50, **stubborn)
+    started.wait_for_event(run, "save")
+    processes = processes_of(started, run)
+
+    took = stop(started, signal.SIGTERM)
+
+    assert_stopped(started, took, signal.SIGTERM, processes)
+
+
+def test_a_killed_launcher_leaves_no_rank(launch: Launcher, recipe: Path, tmp_path: Path) -> None:
+    started, early = (launch.start(recipe, "--run-dir", tmp_path / name, LONG, EVERY_50) for name in ("run", "early"))
+    # One as soon as its ranks exist, before they have run a line of ours; one in the midst of training.
+    unborn = early.wait_for(lambda: len(found := early.descendants()) == 3 and found)
+    early.process.kill()
+    started.wait_for_event(tmp_path / "run", "train")
+    processes = processes_of(started, tmp_path / "run")
+    started.process.kill()
+
+    assert all_gone(processes, 15)
+    assert all_gone(unborn, 15)
+    # The lock went with its owner: the run can go on.
+    with RunDir(tmp_path / "run").locked():
+        pass
+
+
+def test_two_launches_side_by_side_and_a_third_on_a_directory_in_use(
+    launch: Launcher, recipe: Path, tmp_path: Path
+) -> None:
+    both = [launch.start(recipe, "--run-dir", tmp_path / name) for name in ("one", "two")]
+    both[0].wait_for_event(tmp_path / "one", "start")
+
+    for refused in (launch("resume", "one"), launch(recipe, "--run-dir", "one")):
+        assert refused.returncode == 4
+        assert f"error: run directory {tmp_path / 'one'}: is in use by process {both[0].process.pid}" in refused.stderr
+        assert "wait for it, or name another one: launch.run_dir=DIR" in refused.stderr
+
+    for started in both:
+        assert started.process.wait(90) == 0, started.stderr
+    assert report_of(tmp_path / "one")["loss_last"] == report_of(tmp_path / "two")["loss_last"]

@@ -1,0 +1,72 @@
+"""The very command lines that are started, as text."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from launcher.cluster import resolve_cluster
+from launcher.command import node_commands, prepare_command
+from launcher.modelshape import shape_of
+from launcher.plan import Plan, make_plan
+from launcher.recipe import load_recipe
+from launcher.rundir import RunDir
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.command.sys.executable", "/venv/bin/python")
+    monkeypatch.setattr("launcher.command._cores", lambda: 16)
+
+
+def plan_of(name: str, *overrides: str) -> Plan:
+    loaded = load_recipe(ROOT / "recipes" / f"{name}.yaml", overrides)
+    cluster = resolve_cluster(loaded.recipe.hardware)
+    return make_plan(name, loaded.recipe, cluster, shape_of(loaded.recipe.model, loaded.document.folder))
+
+
+def test_ddp_on_eight_cards_is_one_torchrun() -> None:
+    (command,) = node_commands(plan_of("alpaca_lora_8xa800"), RunDir(Path("/runs/a run")))
+    assert str(command) == (
+        "env OMP_NUM_THREADS=2 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 PYTHONUNBUFFERED=1 "
+        "CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7 "
+        "/venv/bin/python -m launcher.worker.torchrun --nnodes=1 --nproc-per-node=8 --rdzv-backend=c10d "
+        "--rdzv-endpoint=127.0.0.1:0 --rdzv-id=alpaca_lora_8xa800 --local-addr=127.0.0.1 -m launcher.worker '/runs/a run/plan.json'"
+    )
+
+
+def test_two_cpu_ranks_see_no_gpu_and_stay_on_loopback() -> None:
+    (command,) = node_commands(plan_of("quickstart", "hardware=2xcpu", "launch.port=29777"), RunDir(Path("/r")))
+    assert command.env["CUDA_VISIBLE_DEVICES"] == ""
+    assert command.env["GLOO_SOCKET_IFNAME"] == "lo"
+    assert command.env["OMP_NUM_THREADS"] == "8"
+    assert "--rdzv-endpoint=127.0.0.1:29777" in command.argv
+
+
+def test_the_python_backend_starts_the_worker_itself() -> None:
+    (command,) = node_commands(plan_of("quickstart", "hardware=1xcpu", "launch.backend=python"), RunDir(Path("/r")))
+    assert command.argv == ("/venv/bin/python", "-m", "launcher.worker", "/r/plan.json")
+
+
+def test_prepare_may_download_and_sees_no_gpu() -> None:
+    command = prepare_command(plan_of("alpaca_lora_8xa800"), RunDir(Path("/r")))
+    assert command.argv[1:] == ("-m", "launcher.worker.prepare", "/r/plan.json")
+    assert command.env["CUDA_VISIBLE_DEVICES"] == ""
+    assert "HF_HUB_OFFLINE" not in command.env
+
+
+def test_a_command_line_is_what_a_shell_would_start() -> None:
+    (command,) = node_commands(plan_of("alpaca_lora_8xa800"), RunDir(Path("/runs/it's $HOME; rm")))
+    words = shlex.split(str(command))
+    assert words[-len(command.argv) :] == list(command.argv)
+
+
+def test_no_secret_is_part_of_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    (command,) = node_commands(plan_of("quickstart", "hardware=2xcpu"), RunDir(Path("/r")))
+    assert "secret" not in str(command)
