@@ -7,7 +7,7 @@ Both train the same model from the same weights on the same batches in the same 
     A  transformers.Trainer with the arguments of the plan; it logs nothing, writes nothing and counts nothing
     B  PlannedTrainer as in a run: order of rows, token counts, checks, heartbeat, TensorBoard and events.jsonl every 10 steps
 
-With one process and with two ranks over gloo, on a model whose step takes some ten milliseconds (the goal is about this one) and on
+With one process and with two ranks over gloo, one thread each, on a model whose step takes some ten milliseconds (the goal is about this one) and on
 a tiny one, where the absolute cost of a step shows more clearly. The clock runs from the start of step WARM_UP to the start of the
 last step, so neither building nor saving is part of it. CPU time is that of all threads of all ranks: on a machine that others use
 it is steadier than the wall clock. After every round the trained weights of A and B have to be the same to the last bit. Takes two
@@ -104,7 +104,9 @@ def run_case(folder: Path, shape: str, ranks: int, options: argparse.Namespace) 
     assert command.argv[-3:] == ("-m", "launcher.worker", str(run.plan)), "how ranks are started has changed"
     prepare = prepare_command(plan, run)
     ranks_argv = [*command.argv[:-3], str(Path(__file__).resolve()), str(run.plan)]
-    for argv, variables in ((prepare.argv, prepare.env), (ranks_argv, command.env)):
+    # Threads of one rank wait for each other by spinning, which on a machine in use drowns everything else.
+    ranks_env = command.env | {"OMP_NUM_THREADS": "1"}
+    for argv, variables in ((prepare.argv, prepare.env), (ranks_argv, ranks_env)):
         log = run.path / "output.txt"
         with log.open("wb") as output:
             ended = subprocess.run(

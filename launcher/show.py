@@ -203,6 +203,12 @@ class RunScreen:
             self.task = self.progress.add_task("", total=event["max_steps"], completed=event["step"], text="")
             self.progress.start()
 
+    def _beat(self, event: dict[str, Any]) -> None:
+        """Move the bar between logs; a beat names the step that is being worked on."""
+        if self.progress is not None and self.task is not None and event.get("phase") == "train":
+            done = max(event["step"] - 1, int(self.progress.tasks[0].completed))
+            self.progress.update(self.task, completed=done)
+
     def _log(self, event: dict[str, Any]) -> None:
         text = f"loss {event['loss']:.3f}   {event['tokens_per_second']:,.0f} tok/s   {gib(event['memory_bytes'])} GiB{self.saved}"
         if self.progress is not None and self.task is not None:

@@ -260,6 +260,7 @@ class Supervisor:
         try:
             while (code := process.poll()) is None:
                 offset = self._pass_on(offset, started)
+                self._say({"event": "beat", **(read_json(self.run.heartbeat(0)) or {})})
                 self._end_if_asked(stop, process)
                 time.sleep(_POLL_SECONDS)
         finally:

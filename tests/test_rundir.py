@@ -218,6 +218,12 @@ def test_a_full_disk_leaves_the_old_file(mounted):
     assert (folder / "plan.json").read_text() == "old"
 
 
+def test_what_a_crash_left_of_a_file_is_not_part_of_the_next(tmp_path):
+    (tmp_path / f".plan.json.{os.getpid()}.tmp").write_text("half of")
+    write_atomic(tmp_path / "plan.json", "new")
+    assert (tmp_path / "plan.json").read_text() == "new"
+
+
 @pytest.mark.parametrize("content", [None, b"", b'{"a": 1', b"\xff\xfe", b'{"a": 1}{'])
 def test_a_json_file_that_is_not_there_or_torn_reads_as_none(tmp_path, content):
     if content is not None:

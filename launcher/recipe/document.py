@@ -67,11 +67,10 @@ class Document:
             return
         target = self.values
         for num, part in enumerate(parts[:-1], 1):
-            inner = target.get(part)
-            if not isinstance(inner, dict):
+            if not isinstance(target.get(part), dict):
+                target[part] = {}
                 self._replaced(".".join(parts[:num]), where)
-            target[part] = inner = dict(inner) if isinstance(inner, dict) else {}
-            target = inner
+            target = target[part]
         target[parts[-1]] = scratch.values.get("")
         self._replaced(key, where)
         for problem in scratch.problems:

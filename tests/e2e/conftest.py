@@ -5,11 +5,16 @@ Faults come from outside: `Sabotage` writes a sitecustomize.py that patches a mo
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,20 +86,42 @@ class Launcher:
             _command(args), cwd=cwd or self.folder, env={**self.env, **env}, timeout=timeout, check=False, **_STREAMS
         )
 
-    def start(self, *args: str | Path, cwd: Path | None = None, **env: str) -> Started:
-        """Start it and go on; what it prints goes to files."""
+    def start(self, *args: str | Path, nohup: bool = False, stdout: int | None = None, **env: str) -> Started:
+        """Start it and go on; what it prints goes to files, or its stdout to that descriptor."""
         place = self.folder / f"launch-{len(self.started)}"
         with place.with_suffix(".out").open("w") as out, place.with_suffix(".err").open("w") as err:
             process = subprocess.Popen(
                 _command(args),
-                cwd=cwd or self.folder,
+                cwd=self.folder,
                 env={**self.env, **env},
                 stdin=subprocess.DEVNULL,
-                stdout=out,
+                stdout=out if stdout is None else stdout,
                 stderr=err,
-                preexec_fn=_default_signals,
+                preexec_fn=lambda: _set_signals(nohup),
             )
         self.started.append(Started(process, place))
+        return self.started[-1]
+
+    def start_in_terminal(self, *args: str | Path, **env: str) -> Started:
+        """Start it as the foreground program of a terminal of its own; what it prints there is in `Started.terminal`."""
+        master, slave = pty.openpty()
+
+        def take_terminal() -> None:
+            _set_signals(nohup=False)
+            fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+
+        process = subprocess.Popen(
+            _command(args),
+            cwd=self.folder,
+            env={**self.env, "TERM": "xterm", **env},
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=take_terminal,
+        )
+        os.close(slave)
+        self.started.append(Started(process, self.folder / f"launch-{len(self.started)}", Terminal(master)))
         return self.started[-1]
 
     def kill_all(self) -> None:
@@ -104,6 +131,37 @@ class Launcher:
             for pid, _ in [process for process in left if is_alive(process)]:
                 os.kill(pid, signal.SIGKILL)
             one.process.wait()
+            if one.terminal:
+                one.terminal.close()
+
+
+class Terminal:
+    """The person's side of a terminal: reads all the time, so that nobody waits for room in it."""
+
+    def __init__(self, master: int) -> None:
+        self.master = master
+        self.output = ""
+        self.closing = threading.Event()
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+
+    def type(self, text: bytes) -> None:
+        os.write(self.master, text)
+
+    def close(self) -> None:
+        """Close the window: whatever runs in it gets a SIGHUP and may write no more."""
+        if not self.closing.is_set():
+            self.closing.set()
+            self.reader.join()
+            os.close(self.master)
+
+    def _read(self) -> None:
+        while not self.closing.is_set():
+            if select.select([self.master], [], [], 0.05)[0]:
+                try:
+                    self.output += os.read(self.master, 65536).decode(errors="replace")
+                except OSError:  # nobody has the other side open any more
+                    return
 
 
 @dataclass
@@ -112,6 +170,7 @@ class Started:
 
     process: subprocess.Popen[bytes]
     place: Path
+    terminal: Terminal | None = None
 
     @property
     def itself(self) -> Process:
@@ -119,11 +178,11 @@ class Started:
 
     @property
     def stdout(self) -> str:
-        return self.place.with_suffix(".out").read_text()
+        return self.terminal.output if self.terminal else self.place.with_suffix(".out").read_text()
 
     @property
     def stderr(self) -> str:
-        return self.place.with_suffix(".err").read_text()
+        return "" if self.terminal else self.place.with_suffix(".err").read_text()
 
     def descendants(self) -> set[Process]:
         """Children, their children, and so on, of this moment."""
@@ -184,10 +243,12 @@ def _command(args: Sequence[str | Path]) -> list[str]:
     return [sys.executable, "-m", "launcher.cli", *map(str, args)]
 
 
-def _default_signals() -> None:
+def _set_signals(nohup: bool) -> None:
     """As from a terminal: a shell starts what runs in the background with SIGINT ignored, and pytest may be such."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
+    if nohup:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)
@@ -211,9 +272,12 @@ class Sabotage:
 
 
 @pytest.fixture(scope="session")
-def launch_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache for the session: tokenizer, model and data are made once."""
-    return tmp_path_factory.mktemp("launch-cache")
+def launch_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One cache for the session, and not the user's: tokenizer, model and data are made once."""
+    cache = tmp_path_factory.mktemp("launch-cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAUNCH_CACHE", str(cache))
+        yield cache
 
 
 @pytest.fixture(scope="session")

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
-
-import pytest
 
 from launcher import manifest
 from launcher.rundir import RunDir, read_json
@@ -49,28 +43,65 @@ def assert_stopped(started: Started, took: float, number: int, processes: set[Pr
     assert "Traceback" not in started.stdout + started.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
-def test_a_signal_while_training(number: signal.Signals, launch: Launcher, recipe: Path, tmp_path: Path) -> None:
+def test_sigterm_while_training_and_the_run_goes_on_later(launch: Launcher, recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     started = launch.start(recipe, "--run-dir", run, LONG, EVERY_50)
     started.wait_for_event(run, "save")
     processes = processes_of(started, run)
     assert len(processes) == 3, "torchrun and two ranks"
 
-    took = stop(started, number)
+    took = stop(started, signal.SIGTERM)
 
-    assert_stopped(started, took, number, processes)
+    assert_stopped(started, took, signal.SIGTERM, processes)
     assert "go on later with: launch resume run" in started.stderr
     report = report_of(run)
     assert (report["result"], report["exit_code"], report["failure"]) == ("interrupted", 130, None)
-    assert not list((run / "checkpoints").glob(".staging*")) or manifest.newest_valid(RunDir(run))[0]
-    if number == signal.SIGTERM:  # once is enough: it goes on to an end
-        newest, _ = manifest.newest_valid(RunDir(run))
-        assert newest is not None
-        resumed = launch("resume", run, f"train.max_steps={newest.step + 1}")
-        assert resumed.returncode == 0, resumed.stderr
-        assert f"step-{newest.step}: complete, verified" in resumed.stdout
-        assert report_of(run)["result"] == "done"
+
+    newest, _ = manifest.newest_valid(RunDir(run))
+    assert newest is not None
+    resumed = launch("resume", run, f"train.max_steps={newest.step + 1}")
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"step-{newest.step}: complete, verified" in resumed.stdout
+    assert report_of(run)["result"] == "done"
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_launcher_alone(launch: Launcher, recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    started = launch.start_in_terminal(recipe, "--run-dir", run, LONG, EVERY_50)
+    started.wait_for_event(run, "save")
+    processes = processes_of(started, run)
+    assert started.terminal is not None
+
+    sent = time.monotonic()
+    started.terminal.type(b"\x03")
+    assert started.process.wait(SECONDS) == 130
+
+    assert time.monotonic() - sent < SECONDS
+    assert all_gone(processes, 0.5)
+    started.terminal.close()
+    assert "SIGINT: every process of this run has ended" in started.stdout
+    assert "Traceback" not in started.stdout
+    # torchrun ended the ranks; none was interrupted in the middle of a step.
+    assert not any("KeyboardInterrupt" in path.read_text() for path in (run / "logs").glob("*rank*.log"))
+
+
+def test_a_closed_terminal_ends_the_run_even_where_ranks_ignore_sigterm(
+    launch: Launcher, sabotage: Sabotage, recipe: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    stubborn = sabotage.module("launcher.worker.training", IGNORES_SIGTERM, ranks=(0, 1))
+    started = launch.start_in_terminal(recipe, "--run-dir", run, LONG, EVERY_50, **stubborn)
+    started.wait_for_event(run, "save")
+    processes = processes_of(started, run)
+    assert started.terminal is not None
+
+    closed = time.monotonic()
+    started.terminal.close()  # SIGHUP, and nothing can be printed any more
+    assert started.process.wait(SECONDS) == 130
+
+    assert time.monotonic() - closed < SECONDS
+    assert all_gone(processes, 0.5)
+    assert report_of(run)["result"] == "interrupted"
 
 
 def test_a_signal_while_preparing(launch: Launcher, recipe: Path, tmp_path: Path) -> None:
@@ -104,20 +135,6 @@ def test_a_signal_while_ranks_start(launch: Launcher, recipe: Path, tmp_path: Pa
     assert report_of(run)["steps"] == 0
 
 
-def test_ranks_that_ignore_sigterm_are_ended_by_force(
-    launch: Launcher, sabotage: Sabotage, recipe: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    stubborn = sabotage.module("launcher.worker.training", IGNORES_SIGTERM, ranks=(0, 1))
-    started = launch.start(recipe, "--run-dir", run, LONG, EVERY_50, **stubborn)
-    started.wait_for_event(run, "save")
-    processes = processes_of(started, run)
-
-    took = stop(started, signal.SIGTERM)
-
-    assert_stopped(started, took, signal.SIGTERM, processes)
-
-
 def test_a_killed_launcher_leaves_no_rank(launch: Launcher, recipe: Path, tmp_path: Path) -> None:
     started, early = (launch.start(recipe, "--run-dir", tmp_path / name, LONG, EVERY_50) for name in ("run", "early"))
     # One as soon as its ranks exist, before they have run a line of ours; one in the midst of training.
@@ -137,14 +154,21 @@ def test_a_killed_launcher_leaves_no_rank(launch: Launcher, recipe: Path, tmp_pa
 def test_two_launches_side_by_side_and_a_third_on_a_directory_in_use(
     launch: Launcher, recipe: Path, tmp_path: Path
 ) -> None:
-    both = [launch.start(recipe, "--run-dir", tmp_path / name) for name in ("one", "two")]
-    both[0].wait_for_event(tmp_path / "one", "start")
+    reader, writer = os.pipe()
+    one = launch.start(recipe, "--run-dir", tmp_path / "one", nohup=True)
+    two = launch.start(recipe, "--run-dir", tmp_path / "two", stdout=writer)
+    os.close(writer)
+    one.wait_for_event(tmp_path / "one", "start")
 
     for refused in (launch("resume", "one"), launch(recipe, "--run-dir", "one")):
         assert refused.returncode == 4
-        assert f"error: run directory {tmp_path / 'one'}: is in use by process {both[0].process.pid}" in refused.stderr
+        assert f"error: run directory {tmp_path / 'one'}: is in use by process {one.process.pid}" in refused.stderr
         assert "wait for it, or name another one: launch.run_dir=DIR" in refused.stderr
+    one.process.send_signal(signal.SIGHUP)  # under nohup that is nothing
+    os.close(reader)  # launch … | head -1
 
-    for started in both:
+    for started, name in ((one, "one"), (two, "two")):
         assert started.process.wait(90) == 0, started.stderr
+        assert started.stderr == ""
+        assert report_of(tmp_path / name)["result"] == "done"
     assert report_of(tmp_path / "one")["loss_last"] == report_of(tmp_path / "two")["loss_last"]

@@ -62,6 +62,12 @@ def test_a_bare_name_may_end_in_yml(here):
     assert find_recipe("mine.yml") == Path("recipes/mine.yml")
 
 
+def test_a_path_is_looked_up_nowhere_else(here):
+    write(here / "recipes" / "below" / "mine.yaml")
+    with pytest.raises(UsageError, match="there is no such recipe"):
+        find_recipe("below/mine.yaml")
+
+
 @pytest.mark.parametrize(
     ("name", "found", "to_type"),
     [

@@ -317,6 +317,12 @@ def test_no_half_character_is_left_where_a_question_was_cut(tokenizer):
         assert "�" not in prompt
 
 
+def test_a_template_that_is_longer_than_the_room_is_cut_and_nothing_is_left_of_the_question(tokenizer):
+    tokens = Prompter(tokenizer, "alpaca").tokens([user("😀"), assistant("三")], 8)
+    assert len(tokens.input_ids) == 8
+    assert "😀" not in tokenizer.decode(tokens.input_ids)
+
+
 def test_later_rounds_that_do_not_fit_are_left_out(tokenizer):
     messages = [user("a"), assistant("b"), user(LONG), assistant(LONG)]
     tokens = Prompter(tokenizer, "alpaca").tokens(messages, 64)

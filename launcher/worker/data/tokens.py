@@ -93,11 +93,10 @@ class Prompter:
         """Ids before everything, and ids before every answer."""
         if self.named is None:
             return [], []  # a chat template writes its own
-        before_answer = self._ids_of(self.named.answer_tokens)
         if self.named.prefix_tokens or self.named.answer_tokens:
-            return self._ids_of(self.named.prefix_tokens), before_answer
+            return self._ids_of(self.named.prefix_tokens), self._ids_of(self.named.answer_tokens)
         added: list[int] = self.tokenizer("")["input_ids"]
-        return [token for token in added if token not in (self.tokenizer.eos_token_id, *before_answer)], before_answer
+        return [token for token in added if token != self.tokenizer.eos_token_id], []
 
     def _ids_of(self, names: Sequence[str]) -> list[int]:
         """The ids of special tokens.
