@@ -29,7 +29,7 @@ _SIGNALS = {
     signal.SIGABRT: "aborted (SIGABRT): native code gave up",
     signal.SIGBUS: "crashed (SIGBUS): shared memory or a mapped file ran out",
 }
-_DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|PytorchStreamWriter failed writing")
+_DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|PytorchStreamWriter|inline_container")
 # Below this nobody can write even a message about it.
 _FULL_BYTES = 64 * 2**10
 _PYTHON_ERROR = re.compile(r"[\w.]*(Error|Exception): \S")
@@ -154,7 +154,7 @@ def _without_a_word(
     if not log.is_file():  # it did not come so far as to open its own
         log = run.node_log(plan.cluster.nodes[0].host)
     devices = plan.cluster.devices
-    parts = _disk_full(run, phase) if shutil.disk_usage(run.path).free < _FULL_BYTES else {}
+    parts = _disk_full(run, phase) if _is_full(run) else {}
     return Failure(
         rank=rank,
         host=host,
@@ -178,6 +178,7 @@ def _no_rank(run: RunDir, plan: Plan, code: int) -> Failure:
     log = run.node_log(host)
     beats = [_last_beat(run, rank) for rank in range(plan.num_processes)]
     last = max(beats, key=lambda beat: float(beat.get("time", 0.0)))
+    parts = _disk_full(run, last.get("phase", "start")) if _is_full(run) else {}
     return Failure(
         rank=None,
         host=host,
@@ -185,12 +186,12 @@ def _no_rank(run: RunDir, plan: Plan, code: int) -> Failure:
         step=last.get("step", 0),
         phase=last.get("phase", "start"),
         time=last.get("time", 0.0),
-        cause=f"{plan.backend} {_ending(code, log)}",
+        cause=f"{parts['you_set']}: {parts['found']}" if parts else f"{plan.backend} {_ending(code, log)}",
         where="",
         traceback="",
         exit_code=_exit_code(code),
         log=str(log),
-        parts={},
+        parts=parts,
         echoes=(),
     )
 
@@ -207,6 +208,11 @@ def _ending(code: int, log: Path) -> str:
 def _exit_code(code: int) -> int:
     """A code as a shell gives it: 128 + signal for what was killed."""
     return code if code > 0 else 128 - code
+
+
+def _is_full(run: RunDir) -> bool:
+    """Whether the reason may be missing because nobody could write it down."""
+    return shutil.disk_usage(run.path).free < _FULL_BYTES
 
 
 def _disk_full(run: RunDir, phase: str) -> dict[str, str]:

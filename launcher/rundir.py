@@ -122,7 +122,7 @@ class RunDir:
         with (self.path / "run.lock").open("a+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 lock.seek(0)
                 owner = lock.read().strip() or "another launcher"
                 raise PreflightError(

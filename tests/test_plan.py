@@ -147,7 +147,7 @@ def test_dtype_follows_device_and_model(hardware: str | list[str], path: str, dt
             "2xcpu",
             SMALL,
             "fp16",
-            "fp16 does not train on a CPU: gradients are scaled by a GPU kernel. Set model.dtype=fp32",
+            "on a CPU the Trainer would quietly compute in fp32. Set model.dtype=fp32",
         ),
         (
             "A800-80GB",

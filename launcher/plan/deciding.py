@@ -39,6 +39,7 @@ class Deciding:
         """
         recipe = self.recipe
         self._check_template()
+        self._check_quantization()
         self.strategy, self.num_processes = self._strategy()
         # A device map is one model however many processes it takes; every other strategy feeds each process its own rows.
         self.num_replicas = 1 if self.strategy == "device_map" else self.num_processes
@@ -119,13 +120,19 @@ class Deciding:
             self._decide("model.dtype", chosen, because)
             return chosen
         if asked == "fp16" and on_cpu:
-            found = "fp16 does not train on a CPU: gradients are scaled by a GPU kernel. Set model.dtype=fp32"
+            found = "on a CPU the Trainer would quietly compute in fp32. Set model.dtype=fp32"
             self._problem("model.dtype", found)
         if asked == "bf16" and without_bf16:
             self._problem("model.dtype", f"{without_bf16[0]} has no bf16. Set model.dtype=fp16")
         if asked == "bf16" and loses_positions:
             self._problem("model.dtype", f"not with {self.family.name}: {self.family.no_bf16}. Set model.dtype=fp16")
         return asked
+
+    def _check_quantization(self) -> None:
+        recipe = self.recipe
+        if recipe.adapter.type == "dora" and recipe.model.quantization == "int8" and self.cluster.kind == "cpu":
+            found = "dora over an int8 base fails at its second step on a CPU. Set adapter.type=lora, or model.quantization=nf4"
+            self._problem("adapter.type", found)
 
     def _weights_dtype(self) -> Dtype:
         """Precision in which the base lies in memory."""

@@ -109,11 +109,24 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     try:
         recipe = Recipe.model_validate(document.values)
     except ValidationError as error:
-        raise _located([*problems, *_problems_of(error)], document) from None
+        problems += _problems_of(error)
+        raise _located([*problems, *_rules_of_sound_sections(document, problems)], document) from None
     problems += broken_rules(recipe)
     if problems:
         raise _located(problems, document)
     return LoadedRecipe(name=path.stem, recipe=with_absolute_paths(recipe, document), document=document)
+
+
+def _rules_of_sound_sections(document: Document, problems: Sequence[Problem]) -> list[Problem]:
+    """Broken rules of the sections that are right by themselves, so that they are reported in the same go."""
+    unsound = {problem.key.partition(".")[0] for problem in problems}
+    stand_ins = {"model": {"path": "a/model"}, "data": {"path": "data"}}
+    values = {name: value for name, value in document.values.items() if name not in unsound}
+    try:
+        recipe = Recipe.model_validate(stand_ins | values)
+    except ValidationError:
+        return []
+    return broken_rules(recipe, unsound)
 
 
 def with_absolute_paths(recipe: Recipe, document: Document) -> Recipe:

@@ -24,7 +24,7 @@ from typing import Any
 from launcher.errors import LaunchError, PreflightError
 from launcher.plan import Plan
 from launcher.rundir import RunDir, read_json
-from launcher.worker.data.rows import data_files
+from launcher.worker.data.rows import data_files, named
 from launcher.worker.prepared import DataReport, Prepared, write_prepared
 from launcher.worker.pulse import die_with_parent
 
@@ -82,7 +82,8 @@ def prepare(plan: Plan) -> Prepared:
     recipe, cached = plan.recipe, []
     files = data_files(recipe.data.path)
     eval_path = recipe.data.eval.path if recipe.data.eval else None
-    eval_files = data_files(eval_path) if eval_path else []
+    with named("data.eval.path"):
+        eval_files = data_files(eval_path) if eval_path else []
     data_hash = _hash_files([*files, *eval_files])
 
     if recipe.model.config is not None:

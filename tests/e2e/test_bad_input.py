@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from safetensors import safe_open
 from launcher import manifest
 from launcher.cli import main
 from launcher.rundir import RunDir, read_json
-from tests.e2e.conftest import RECIPE, Launcher, report_of
+from tests.e2e.conftest import Launcher, report_of
 
 Refused = Callable[..., str]
 USAGE, DOES_NOT_FIT, NOT_READY = 2, 3, 4
@@ -95,7 +95,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     [
         (USAGE, "plan", ["Missing argument 'RECIPE'", "launch plan --help"]),
         (USAGE, "nonsense", ["recipe nonsense: there is no such recipe", "launch recipes"]),
-        (USAGE, "quickstrat", ["did you mean: launch quickstart"]),
+        (USAGE, "quickstrat", ["did you mean: launch ", "recipes/quickstart.yaml"]),
         (USAGE, "run nowhere/mine.yaml", ["recipe nowhere/mine.yaml: there is no such recipe", "launch recipes"]),
         (USAGE, "run .", ["recipe .: is a folder"]),
         (USAGE, "tiny.yaml --frobnicate", ["No such option '--frobnicate'"]),
@@ -173,7 +173,7 @@ def test_a_model_that_does_not_fit(refused: Refused) -> None:
                 "3 bad rows",
                 "bad.json:2  field 'output' is missing; it has 'instruction'",
                 "bad.json:3  field 'output' is empty",
-                "bad.json:4  is a int, not an object",
+                "bad.json:4  is of type int, not an object",
                 "data.bad_rows=skip",
             ],
         ),
@@ -252,7 +252,11 @@ def test_a_model_folder_that_is_not_whole(
 
 def test_a_model_that_is_nowhere(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(
-        USAGE, ["model.path: ./nothing: there is no folder"], "tiny.yaml", "model.config=null", "model.path=./nothing"
+        USAGE,
+        ["there is no folder", "give a folder with config.json"],
+        "tiny.yaml",
+        "model.config=null",
+        "model.path=./nothing",
     )
     refused(
         USAGE,
@@ -319,6 +323,15 @@ def test_a_cache_that_is_full(
     assert [path.name for path in disk.iterdir()] == ["ballast"], "nothing half-made stays"
 
 
+def fill(path: Path) -> None:
+    """Take all the room that a file system has left."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
+    with contextlib.suppress(OSError):
+        while True:
+            os.write(descriptor, b"x" * 65536)
+    os.close(descriptor)
+
+
 def test_a_disk_that_fills_up_while_training_keeps_the_older_checkpoint(
     launch: Launcher, small_disk: Callable[..., Path], recipe: Path, tmp_path: Path
 ) -> None:
@@ -327,14 +340,11 @@ def test_a_disk_that_fills_up_while_training_keeps_the_older_checkpoint(
     often = ["train.max_steps=100000", "train.log_every_steps=100000", "checkpoint.every_steps=20"]
     started = launch.start(recipe, "--run-dir", run, *often)
     started.wait_for_event(run, "save")
-    with (disk / "ballast").open("wb") as ballast, pytest.raises(OSError, match="No space left"):
-        while True:
-            ballast.write(b"x" * 65536)
-            ballast.flush()
+    fill(disk / "ballast")
 
     assert started.process.wait(30) == 1
     assert "no space left on the device" in started.stderr
-    assert f"make room there, then: launch resume {run}" in started.stderr
+    assert "make room there, then: launch resume disk0/run" in started.stderr
     assert "Traceback" not in started.stdout + started.stderr
     newest, skipped = manifest.newest_valid(RunDir(run))
     assert newest is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -401,3 +402,18 @@ def sentence_of(key: str) -> str:
     assert field is not None
     assert field.description is not None
     return field.description
+
+
+def test_rules_of_sound_sections_are_reported_beside_mistakes_of_others(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "model: {path: a/b, dtype: bff}\n"
+        "data: {path: rows.json}\n"
+        "adapter: {type: lora, init_r: 4}\n"
+        "strategy: {type: ddp, offload: optimizer}\n"
+        "checkpoint: {resume: auto}\n"
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file)
+    keys = [problem.key for problem in caught.value.problems]
+    assert keys == ["model.dtype", "adapter.init_r", "strategy.offload", "checkpoint.resume"]

@@ -122,6 +122,18 @@ RULES: list[tuple[Sections, str, str, Sections]] = [
         {"adapter": {"type": "adalora", "r": 8, "init_r": 8}},
     ),
     (
+        {"adapter": {"type": "lora", "orth_reg_weight": 0.1}},
+        "adapter.orth_reg_weight",
+        "only adalora has it, not lora. Remove it",
+        {"adapter": {"type": "adalora", "orth_reg_weight": 0.1}},
+    ),
+    (
+        {"strategy": {"type": "ddp", "schedule": "pipelined"}},
+        "strategy.schedule",
+        "ddp has no schedule. Set strategy.type=device_map, or schedule=naive",
+        {"strategy": {"type": "device_map", "device_map": "2gpu-mixed", "schedule": "pipelined"}},
+    ),
+    (
         {"adapter": {"targets": ()}},
         "adapter.targets",
         "is an empty list. Write auto, all-linear or names of modules",

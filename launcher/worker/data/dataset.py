@@ -12,7 +12,7 @@ from launcher.families import family
 from launcher.plan import Plan
 from launcher.recipe.schema import Data
 from launcher.rundir import read_json, write_json
-from launcher.worker.data.rows import Message, read_conversations
+from launcher.worker.data.rows import Message, named, read_conversations
 from launcher.worker.data.tokens import IGNORED, Prompter, Tokens
 from launcher.worker.prepared import DataReport
 from launcher.worker.quiet import quiet_libraries
@@ -64,7 +64,8 @@ def conversations(plan: Plan) -> tuple[list[list[Message]], list[list[Message]],
     if evaluation is None:
         return rows, [], bad
     if evaluation.path is not None:
-        eval_rows, eval_bad = read_conversations(data, evaluation.path)
+        with named("data.eval.path"):
+            eval_rows, eval_bad = read_conversations(data, evaluation.path)
         return rows, eval_rows, bad + eval_bad
     num = evaluation.rows or max(1, round(len(rows) * (evaluation.fraction or 0)))
     if num >= len(rows):

@@ -6,6 +6,7 @@ a line), Parquet, text files and folders of them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,16 @@ class RawRow:
 
 class BadRowError(Exception):
     """A row that is no conversation; the message says why."""
+
+
+@contextlib.contextmanager
+def named(key: str) -> Iterator[None]:
+    """Give errors about files the recipe's key that names them, where it is not data.path."""
+    try:
+        yield
+    except DataError as error:
+        you_set, to_type = (text.replace("data.path", key, 1) for text in (error.you_set, error.to_type))
+        raise DataError(you_set, error.found, to_type) from None
 
 
 def data_files(paths: str | Sequence[str]) -> list[Path]:

@@ -84,7 +84,9 @@ class Prompter:
         return ids, labels
 
     def _encode(self, text: str, supervised: bool) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        # Only a chat template writes special tokens as text; elsewhere a literal "</s>" is what a person typed.
+        plain = self.named is not None
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
         eos = self.tokenizer.eos_token_id
         # A chat template closes an answer itself, often with a line break after the eos.
         return [*ids, eos] if supervised and (self.named or eos not in ids[-2:]) else ids
