@@ -7,11 +7,11 @@ Both train the same model from the same weights on the same batches in the same 
     A  transformers.Trainer with the arguments of the plan; it logs nothing, writes nothing and counts nothing
     B  PlannedTrainer as in a run: order of rows, token counts, checks, heartbeat, TensorBoard and events.jsonl every 10 steps
 
-With one process and with two ranks over gloo, one thread each, on a model whose step takes some ten milliseconds (the goal is about this one) and on
-a tiny one, where the absolute cost of a step shows more clearly. The clock runs from the start of step WARM_UP to the start of the
-last step, so neither building nor saving is part of it. CPU time is that of all threads of all ranks: on a machine that others use
-it is steadier than the wall clock. After every round the trained weights of A and B have to be the same to the last bit. Takes two
-to four minutes.
+With one process and with two ranks over gloo, one thread each, on a model whose step takes some ten milliseconds (the goal is
+about this one) and on a tiny one, where the absolute cost of a step shows more clearly. The clock runs from the start of step
+WARM_UP to the start of the last step, so neither building nor saving is part of it. CPU time is that of all threads of all ranks:
+on a machine that others use it is steadier than the wall clock. After every round the trained weights of A and B have to be the
+same to the last bit. Takes two to four minutes.
 """
 
 from __future__ import annotations

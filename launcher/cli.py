@@ -308,7 +308,8 @@ def _worker(module: str, run_dir: str, options: dict[str, Any]) -> NoReturn:
         for text in (f"--{name.replace('_', '-')}", str(value))
     ]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    sys.exit(subprocess.call([sys.executable, "-m", f"launcher.worker.{module}", str(where.path), *flags], env=env))
+    code = subprocess.call([sys.executable, "-m", f"launcher.worker.{module}", str(where.path), *flags], env=env)
+    sys.exit(code if code >= 0 else 128 - code)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -110,4 +110,8 @@ def _leave_process_group() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    code = main(sys.argv[1])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All that matters is on disk. An orderly end of torch and transformers takes a second or two, and everybody would wait for it.
+    os._exit(code)

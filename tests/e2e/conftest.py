@@ -78,13 +78,10 @@ class Launcher:
     folder: Path
     started: list[Started] = field(default_factory=list)
 
-    def __call__(
-        self, *args: str | Path, cwd: Path | None = None, timeout: float = 90, **env: str
-    ) -> subprocess.CompletedProcess[str]:
+    def __call__(self, *args: str | Path, timeout: float = 180, **env: str) -> subprocess.CompletedProcess[str]:
         """Run it to its end."""
-        return subprocess.run(
-            _command(args), cwd=cwd or self.folder, env={**self.env, **env}, timeout=timeout, check=False, **_STREAMS
-        )
+        env = {**self.env, **env}
+        return subprocess.run(_command(args), cwd=self.folder, env=env, timeout=timeout, check=False, **_STREAMS)
 
     def start(self, *args: str | Path, nohup: bool = False, stdout: int | None = None, **env: str) -> Started:
         """Start it and go on; what it prints goes to files, or its stdout to that descriptor."""
@@ -192,7 +189,7 @@ class Started:
             found |= more
         return {(pid, int(parents[pid][19])) for pid in found - {self.process.pid}}
 
-    def wait_for(self, what: Callable[[], Any], timeout: float = 60) -> Any:
+    def wait_for(self, what: Callable[[], Any], timeout: float = 120) -> Any:
         """Poll until something is true; fails at once, with what was printed, when the launcher ends before."""
         deadline = time.monotonic() + timeout
         while not (found := what()):
@@ -201,7 +198,7 @@ class Started:
             time.sleep(0.02)
         return found
 
-    def wait_for_event(self, run_dir: Path, name: str, timeout: float = 60) -> dict[str, Any]:
+    def wait_for_event(self, run_dir: Path, name: str, timeout: float = 120) -> dict[str, Any]:
         """The first event of that name in RUN/events.jsonl."""
         run = RunDir(run_dir)
         return self.wait_for(lambda: next((e for e in read_events(run)[0] if e["event"] == name), None), timeout)

@@ -168,7 +168,7 @@ def test_two_launches_side_by_side_and_a_third_on_a_directory_in_use(
     os.close(reader)  # launch … | head -1
 
     for started, name in ((one, "one"), (two, "two")):
-        assert started.process.wait(90) == 0, started.stderr
+        assert started.process.wait(180) == 0, started.stderr
         assert started.stderr == ""
         assert report_of(tmp_path / name)["result"] == "done"
     assert report_of(tmp_path / "one")["loss_last"] == report_of(tmp_path / "two")["loss_last"]

@@ -226,6 +226,9 @@ def test_other_rows_are_refused_on_resume(finished: Job, job: Job, tmp_path: Pat
         job.start("data.max_rows=30", resume=True)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # peft asks transformers for it
 def test_adapters_are_read_by_peft_alone(finished: Job) -> None:
     import peft
     import torch
