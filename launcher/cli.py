@@ -314,27 +314,43 @@ def _worker(module: str, run_dir: str, options: dict[str, Any]) -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The command `launch`: a mistake of the person's is three lines and an exit code, never a traceback."""
+    code = _run(argv)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (
+            OSError
+        ):  # the terminal or the pipe went away: Python would try again at its end and turn the code into 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    """Run the verb; the exit code."""
     try:
         cli.main(args=list(argv) if argv is not None else None, prog_name="launch", standalone_mode=False)
+    except SystemExit as ended:  # a verb ends with the code of the run
+        return ended.code if isinstance(ended.code, int) else 0
     except LaunchError as error:
-        with contextlib.suppress(OSError):  # the terminal may be what went away
-            click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+        _say(f"error: {error}")
+        return error.exit_code
     except click.exceptions.Abort:
-        sys.exit(130)
+        return 130
     except click.ClickException as error:
         error.show()
-        sys.exit(2)
+        return 2
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        click.echo(
-            f"error: {place}{error.strerror}\n  make room there, or name another run directory: launch.run_dir=DIR",
-            err=True,
-        )
-        sys.exit(PreflightError.exit_code)
-    sys.exit(0)
+        _say(f"error: {place}{error.strerror}\n  make room there, or name another run directory: launch.run_dir=DIR")
+        return PreflightError.exit_code
+    return 0
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be what went away
+        click.echo(text, err=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import json
 import os
 import signal
@@ -112,9 +113,11 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def log_to(path: Path) -> None:
-    """Send everything this process prints, C libraries included, to its own log file."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """Send everything this process prints, C libraries included, to its own log file, a line at a time."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)  # a rank that is killed leaves its last words
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
