@@ -201,10 +201,8 @@ def _model(plan: Plan) -> Iterator[Finding]:
 
 
 def _packages(plan: Plan) -> Iterator[Finding]:
-    recipe = plan.recipe
-    needs_bitsandbytes = recipe.model.quantization != "none" or recipe.train.optimizer != "adamw"
     needs_deepspeed = plan.strategy.startswith("zero") or plan.backend == "deepspeed"
-    for needed, package in ((needs_bitsandbytes, "bitsandbytes"), (needs_deepspeed, "deepspeed")):
+    for needed, package in ((plan.needs_bitsandbytes, "bitsandbytes"), (needs_deepspeed, "deepspeed")):
         if needed and importlib.util.find_spec(package) is None:
             yield Finding(
                 "error",

@@ -22,6 +22,10 @@ from typing import Any
 
 from launcher.errors import PreflightError, UsageError
 
+# The one thing that is said and not written: a node's command started with WAIT loads its libraries, and reads GO from its input when
+# the node is prepared.
+WAIT, GO = "--wait", b"go\n"
+
 
 @dataclass(frozen=True)
 class RunDir:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,7 +28,7 @@ from launcher.manifest import Verdict, verify
 from launcher.plan import Plan, identity, total_steps
 from launcher.preflight import environment
 from launcher.report import Failure, Numbers, first_failure, last_lines, numbers, write_report
-from launcher.rundir import RunDir, append_event, read_events, read_json, write_atomic, write_json
+from launcher.rundir import GO, WAIT, RunDir, append_event, read_events, read_json, write_atomic, write_json
 
 Listener = Callable[[dict[str, Any]], None]
 _POLL_SECONDS = 0.1
@@ -151,8 +151,9 @@ class Supervisor:
         with StopRequest().installed() as stop:
             try:
                 self._clear_signs_of_earlier_attempts()
-                self._prepare(stop)
-                code = self._train(stop)
+                with self._node() as node:
+                    self._prepare(stop)
+                    code = self._train(node, stop)
             except InterruptedRunError:
                 self._report(InterruptedRunError.exit_code, None)
                 raise
@@ -191,7 +192,7 @@ class Supervisor:
         command = prepare_command(self.plan, self.run)
         log = self.run.logs / f"{command.host}-prepare.log"
         with log.open("ab") as errors:
-            process = _start(command, stdout=subprocess.PIPE, stderr=errors)
+            process = _start(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
         last: dict[str, Any] = {}
@@ -249,22 +250,34 @@ class Supervisor:
                 f"train longer: launch resume {_shown(self.run.path)} {longer}",
             )
 
-    def _train(self, stop: StopRequest) -> int:
-        """Start the ranks and follow them; the exit code of the node's command."""
-        started = time.monotonic()
+    @contextlib.contextmanager
+    def _node(self) -> Iterator[subprocess.Popen[bytes]]:
+        """The node's command, which loads torchrun while prepare works and starts no rank before it is told to; ended at the end."""
         (command,) = node_commands(self.plan, self.run)
-        offset = self.run.events.stat().st_size if self.run.events.is_file() else 0
-        append_event(self.run, {"event": "start", "time": time.time()})
+        command = replace(command, argv=(*command.argv, WAIT))
         with self.run.node_log(command.host).open("ab") as log:
-            process = _start(command, stdout=log, stderr=subprocess.STDOUT)
+            process = _start(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT)
         try:
-            while (code := process.poll()) is None:
-                offset = self._pass_on(offset, started)
-                self._say({"event": "beat", **(read_json(self.run.heartbeat(0)) or {})})
-                self._end_if_asked(stop, process)
-                time.sleep(_POLL_SECONDS)
+            yield process
         finally:
             end(process, self._recorded())
+            assert process.stdin is not None
+            process.stdin.close()
+
+    def _train(self, node: subprocess.Popen[bytes], stop: StopRequest) -> int:
+        """Let the ranks start and follow them; the exit code of the node's command."""
+        started = time.monotonic()
+        offset = self.run.events.stat().st_size if self.run.events.is_file() else 0
+        append_event(self.run, {"event": "start", "time": time.time()})
+        assert node.stdin is not None
+        with contextlib.suppress(BrokenPipeError), node.stdin:  # it has ended: its exit code says why
+            node.stdin.write(GO)
+        while (code := node.poll()) is None:
+            offset = self._pass_on(offset, started)
+            self._say({"event": "beat", **(read_json(self.run.heartbeat(0)) or {})})
+            self._end_if_asked(stop, node)
+            time.sleep(_POLL_SECONDS)
+        end(node, self._recorded())  # ranks that outlived it
         self._pass_on(offset, started)
         self.seconds["all"] = time.monotonic() - started
         return code
@@ -322,7 +335,6 @@ def _start(command: NodeCommand, **streams: Any) -> subprocess.Popen[bytes]:
         command.argv,
         env={**os.environ, **command.env},
         cwd=command.cwd,
-        stdin=subprocess.DEVNULL,
         start_new_session=True,
         preexec_fn=die_with_launcher,
         **streams,

@@ -65,6 +65,11 @@ class Plan(BaseModel):
         """cuda or cpu."""
         return self.cluster.kind
 
+    @property
+    def needs_bitsandbytes(self) -> bool:
+        """Whether weights or optimizer state are quantised."""
+        return self.recipe.model.quantization != "none" or self.recipe.train.optimizer != "adamw"
+
 
 def identity(plan: Plan) -> dict[str, Any]:
     """What has to be the same for a checkpoint to be continued: weights, optimizer state and order of rows depend on it."""

@@ -16,9 +16,9 @@ from typing import Any
 
 from launcher.errors import PreflightError
 from launcher.plan import Plan, total_steps
-from launcher.rundir import RunDir, append_event, read_json
+from launcher.rundir import WAIT, RunDir, append_event, read_json
 from launcher.worker.prepared import read_prepared
-from launcher.worker.pulse import Pulse, die_with_parent, log_to
+from launcher.worker.pulse import Pulse, die_with_parent, log_to, wait_for_go
 
 
 def main(plan_path: str) -> int:
@@ -50,6 +50,9 @@ def train(plan: Plan, run: RunDir, pulse: Pulse) -> None:
     from launcher.worker.quiet import quiet_libraries
 
     quiet_libraries()
+    if not plan.needs_bitsandbytes:
+        # PEFT imports it wherever it is installed, and with it torch's compiler: a second of CPU time on every rank.
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     import torch
 
     from launcher.worker.adapters import with_adapter
@@ -110,6 +113,8 @@ def _leave_process_group() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[2:] == [WAIT]:  # started by the supervisor itself, without torchrun
+        wait_for_go()
     code = main(sys.argv[1])
     sys.stdout.flush()
     sys.stderr.flush()

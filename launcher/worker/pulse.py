@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import LaunchError
-from launcher.rundir import RunDir, write_json
+from launcher.rundir import GO, RunDir, write_json
 
 _PR_SET_PDEATHSIG = 1
 _SECONDS_BETWEEN = 0.5
@@ -93,10 +93,10 @@ class Pulse:
 def process_start(pid: int) -> int:
     """Start time of a process in clock ticks since boot (field 22 of /proc/PID/stat), 0 where there is no /proc."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        values = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return 0
-    return int(stat.rpartition(")")[2].split()[19])
+    return int(values.rpartition(")")[2].split()[19])
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -110,6 +110,15 @@ def die_with_parent(parent: int | None = None) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it ended before the call
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_for_go() -> None:
+    """Wait until the supervisor says that the node is prepared; ends this process where the supervisor ended instead."""
+    if os.read(0, len(GO)) != GO:
+        sys.exit(128 + signal.SIGHUP)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
 
 
 def log_to(path: Path) -> None:

@@ -1,7 +1,8 @@
 """torchrun, with two files more: errors/node.json says how each rank ended, because torchrun's own exit code is always 1, and
 heartbeat/node.json which process the ranks belong to.
 
-Takes torchrun's command line; the last argument is RUN/plan.json.
+Takes torchrun's command line, which ends with RUN/plan.json, and perhaps --wait behind it: loading torchrun takes more than a second, which
+the supervisor uses to prepare the node, and then says when to start the ranks.
 """
 
 from __future__ import annotations
@@ -11,18 +12,22 @@ import os
 import sys
 from pathlib import Path
 
-from launcher.rundir import RunDir, write_json
-from launcher.worker.pulse import die_with_parent, process_start
+from launcher.rundir import WAIT, RunDir, write_json
+from launcher.worker.pulse import die_with_parent, process_start, wait_for_go
 
 
 def main(argv: list[str]) -> int:
     """Run torchrun; 0 or the exit code of the rank that torchrun saw fail first (128 + signal when killed)."""
     die_with_parent()
+    waits = argv[-1] == WAIT
+    argv = argv[:-1] if waits else argv
     run = RunDir(Path(argv[-1]).resolve().parent)
     write_json(run.heartbeats / "node.json", {"pid": os.getpid(), "started": process_start(os.getpid())})
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    if waits:
+        wait_for_go()
     try:
         torchrun(argv)
     except ChildFailedError as error:
