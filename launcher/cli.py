@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 
 # What a disk says that is full or may not be written; on the control side only the run directory is written to.
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT)
+_ACCESS_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class Verbs(click.Group):
@@ -125,7 +126,7 @@ def check(recipe: str, overrides: tuple[str, ...], nproc: int | None) -> None:
     loaded, made = _plan(recipe, overrides, nproc)
     findings = preflight.check(made, _new_run_dir(loaded).path)
     show_findings(console(), findings)
-    preflight.require(findings)
+    preflight.require(findings, listed=True)
 
 
 @cli.command()
@@ -276,6 +277,8 @@ def _carry_out(resuming: bool, made: Plan, where: RunDir) -> NoReturn:
     show.line(screen, made.name, show.summary(made))
     show.line(screen, "plan", show.batch(made))
     preflight.require(preflight.check(made, where.path))
+    if made.recipe.launch.run_dir is None and not resuming:
+        where = where.claimed()
     where.create()
     with where.locked():
         if resuming:
@@ -301,6 +304,7 @@ def _worker(module: str, run_dir: str, options: dict[str, Any]) -> NoReturn:
     from launcher.rundir import open_run
 
     where = open_run(run_dir)
+    _prepare_again(where)
     flags = [
         text
         for name, value in options.items()
@@ -308,14 +312,38 @@ def _worker(module: str, run_dir: str, options: dict[str, Any]) -> NoReturn:
         for text in (f"--{name.replace('_', '-')}", str(value))
     ]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    code = subprocess.call([sys.executable, "-m", f"launcher.worker.{module}", str(where.path), *flags], env=env)
+    argv = [sys.executable, "-m", "launcher.worker.foreground", module, str(where.path), *flags]
+    with subprocess.Popen(argv, env=env) as process:
+        while True:
+            try:
+                code = process.wait()
+                break
+            except KeyboardInterrupt:  # the terminal has told the worker as well, which ends in its own way
+                continue
     sys.exit(code if code >= 0 else 128 - code)
+
+
+def _prepare_again(where: RunDir) -> None:
+    """Make what prepare left for a run again, where somebody has emptied the cache since."""
+    from launcher.plan import Plan
+    from launcher.rundir import read_json
+    from launcher.supervise import Supervisor
+
+    prepared = read_json(where.prepared)
+    folders = [prepared.get(key, "") for key in ("model_dir", "tokenizer_dir")] if isinstance(prepared, dict) else []
+    if all(os.path.isdir(folder) for folder in folders):
+        return
+    click.echo("prepare      what this run was prepared with has left the cache; making it again", err=True)
+    plan = Plan.model_validate_json(where.plan.read_text(encoding="utf-8"))
+    Supervisor(plan, where, lambda event: None).prepare_only()
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The command `launch`: a mistake of the person's is three lines and an exit code, never a traceback."""
     code = _run(argv)
     for stream in (sys.stdout, sys.stderr):
+        if stream is None:  # closed by whoever started this process
+            continue
         try:
             stream.flush()
         except (
@@ -327,6 +355,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _run(argv: Sequence[str] | None) -> int:
     """Run the verb; the exit code."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        _say("error: the folder you are in is no longer there\n  go to one that is: cd ~")
+        return UsageError.exit_code
     try:
         cli.main(args=list(argv) if argv is not None else None, prog_name="launch", standalone_mode=False)
     except SystemExit as ended:  # a verb ends with the code of the run
@@ -340,16 +373,17 @@ def _run(argv: Sequence[str] | None) -> int:
         error.show()
         return 2
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        if error.errno not in (*_DISK_ERRORS, *_ACCESS_ERRORS):
             raise
         place = f"{error.filename}: " if error.filename else ""
-        _say(f"error: {place}{error.strerror}\n  make room there, or name another run directory: launch.run_dir=DIR")
+        remedy = "make room there" if error.errno in _DISK_ERRORS else "make it yours to read and write"
+        _say(f"error: {place}{error.strerror}\n  {remedy}, or name another run directory: launch.run_dir=DIR")
         return PreflightError.exit_code
     return 0
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # the terminal may be what went away
+    with contextlib.suppress(OSError, AttributeError):  # the terminal may be what went away, or was never there
         click.echo(text, err=True)
 
 

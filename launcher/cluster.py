@@ -286,7 +286,7 @@ def _unknown_card(name: str, model: str, you_set: str) -> UsageError:
     """The error for a name that is no line of gpus.yaml, or several."""
     same = [known for known in card_names() if _split_name(known)[0] == model]
     if same:
-        return UsageError(you_set, f"`{name}` exists as {' and '.join(same)} here", f"write `{same[-1]}`")
+        return UsageError(you_set, f"`{name}` is sold as {' and '.join(same)}", f"write `{same[-1]}`")
     by_model = {_split_name(known)[0]: known for known in reversed(card_names())}
     near = [by_model[close] for close in difflib.get_close_matches(model, by_model, n=2, cutoff=0.6)]
     to_type = (

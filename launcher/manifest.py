@@ -7,6 +7,7 @@ written last into a staging folder, which is then renamed; so a folder named ste
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class Manifest(BaseModel):
         world: layout of the ranks that wrote it: num_processes, strategy, micro_batch, accumulation.
         eval_loss: the last evaluation before it, in nats per supervised token; None before the first.
         files: relative name -> entry.
+        seal: checksum of all the rest.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +53,20 @@ class Manifest(BaseModel):
     world: dict[str, Any]
     eval_loss: float | None
     files: dict[str, FileEntry]
+    seal: str = ""
+
+    def sealed(self) -> Manifest:
+        """The same with its checksum."""
+        return self.model_copy(update={"seal": self._checksum()})
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether it is what was written."""
+        return self.seal == self._checksum()
+
+    def _checksum(self) -> str:
+        value = self.model_dump(mode="json", exclude={"seal"})
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
     @property
     def size_bytes(self) -> int:
@@ -90,6 +106,8 @@ def verify(folder: Path) -> Verdict:
         return Verdict(folder, step, None, "its manifest is from another version")
     if manifest.step != step:
         return Verdict(folder, step, None, f"its manifest says step {manifest.step}")
+    if not manifest.is_intact:
+        return Verdict(folder, step, None, "its manifest is not what was written")
     for name, entry in manifest.files.items():
         problem = _compare(folder / name, name, entry)
         if problem:
@@ -116,6 +134,14 @@ def folders(run: RunDir) -> list[Path]:
         return []
     found = [(int(match.group(1)), path) for path in run.checkpoints.iterdir() if (match := _STEP.fullmatch(path.name))]
     return [path for _, path in sorted(found, reverse=True)]
+
+
+def set_aside(folder: Path) -> Path:
+    """Take a checkpoint's name away from a folder that cannot be used; it stays for whoever looks into it."""
+    place = 1
+    while (aside := folder.with_name(f"{folder.name}.damaged-{place}")).exists():
+        place += 1
+    return folder.rename(aside)
 
 
 def newest_valid(run: RunDir) -> tuple[Verdict | None, list[Verdict]]:

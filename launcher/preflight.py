@@ -61,14 +61,19 @@ def check(plan: Plan, run_dir: Path) -> list[Finding]:
     ]
 
 
-def require(findings: list[Finding]) -> None:
+def require(findings: list[Finding], listed: bool = False) -> None:
     """Raise the first error among the findings.
+
+    Args:
+        listed: whether the person has seen them all.
 
     Raises:
         PreflightError: there is one; further ones are counted.
     """
     errors = [finding for finding in findings if finding.level == "error"]
     if errors:
+        if listed:
+            raise PreflightError("this machine", f"is not ready: {len(errors)} of the above", "mend what is marked ✗")
         more = f"\n  and {len(errors) - 1} more: launch check RECIPE lists them all" if len(errors) > 1 else ""
         raise PreflightError(errors[0].what, errors[0].found, errors[0].to_type + more)
 
@@ -247,7 +252,7 @@ def _port(plan: Plan) -> Iterator[Finding]:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind(("", port))  # as torch binds it: on every address
         except OSError as error:
             yield Finding(
                 "error",

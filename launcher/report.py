@@ -252,10 +252,12 @@ class Numbers:
         loss_first, loss_last: training loss of the first and the last logged window.
         eval_first, eval_last, eval_best: nats per supervised token.
         memory_bytes: the largest peak of any rank.
+        stopped_early: whether training ended by itself before max_steps.
     """
 
     steps: int
     max_steps: int
+    stopped_early: bool
     loss_first: float | None
     loss_last: float | None
     eval_first: float | None
@@ -272,10 +274,12 @@ def numbers(run: RunDir, seconds: dict[str, float]) -> Numbers:
     logs = [event for event in events if event["event"] == "log"]
     evals = [event["loss"] for event in events if event["event"] == "eval"]
     starts = [event for event in events if event["event"] == "train"]
+    max_steps = starts[-1]["max_steps"] if starts else 0
     speeds = sorted(event["tokens_per_second"] for event in logs[1:] or logs)
     return Numbers(
-        steps=max((event["step"] for event in logs), default=0),
-        max_steps=starts[-1]["max_steps"] if starts else 0,
+        steps=max((event["step"] for event in events if event["event"] in ("log", "save", "end")), default=0),
+        max_steps=max_steps,
+        stopped_early=bool(events) and events[-1]["event"] == "end" and events[-1]["step"] < max_steps,
         loss_first=logs[0]["loss"] if logs else None,
         loss_last=logs[-1]["loss"] if logs else None,
         eval_first=evals[0] if evals else None,

@@ -116,6 +116,16 @@ class RunDir:
                 "name another one: launch.run_dir=/path/with/space",
             ) from None
 
+    def claimed(self) -> RunDir:
+        """A new directory of this name, or of this name and a number where another launch was quicker."""
+        for number in range(1, 1000):
+            path = self.path if number == 1 else self.path.with_name(f"{self.path.name}-{number}")
+            with contextlib.suppress(FileExistsError, NotADirectoryError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.mkdir()
+                return RunDir(path)
+        return self
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run directory for this process. The lock ends with the process, however it ends.
@@ -123,7 +133,15 @@ class RunDir:
         Raises:
             PreflightError: another launcher holds it.
         """
-        with (self.path / "run.lock").open("a+") as lock:
+        try:
+            lock = (self.path / "run.lock").open("a+")
+        except OSError as error:
+            raise PreflightError(
+                f"run directory {self.path}",
+                f"run.lock cannot be written: {error.strerror}",
+                "make it writable, or name another one: launch.run_dir=DIR",
+            ) from None
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -148,8 +166,8 @@ def open_run(name: str | Path) -> RunDir:
         UsageError: it is none.
     """
     run = RunDir(Path(os.path.expanduser(name)).resolve())
-    if not run.plan.is_file():
-        found = "holds no plan.json" if run.path.is_dir() else "there is no such folder"
+    if not os.path.isfile(run.plan):  # False for a name that is too long, where Path.is_file raises
+        found = "holds no plan.json" if os.path.isdir(run.path) else "there is no such folder"
         raise UsageError(f"run {name}", found, "give the folder of a run; list them with: launch runs")
     return run
 

@@ -142,7 +142,7 @@ class RunScreen:
         self.plan = plan
         self.progress: Progress | None = None
         self.task: TaskID | None = None
-        self.saved = ""
+        self.state = self.saved = ""
         self.max_steps = 0
         self._last_plain = 0.0
 
@@ -210,7 +210,10 @@ class RunScreen:
             self.progress.update(self.task, completed=done)
 
     def _log(self, event: dict[str, Any]) -> None:
-        text = f"loss {event['loss']:.3f}   {event['tokens_per_second']:,.0f} tok/s   {gib(event['memory_bytes'])} GiB{self.saved}"
+        self.state = (
+            f"loss {event['loss']:.3f}   {event['tokens_per_second']:,.0f} tok/s   {gib(event['memory_bytes'])} GiB"
+        )
+        text = f"{self.state}{self.saved}"
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, completed=event["step"], text=text)
         elif time.monotonic() - self._last_plain > 2 or event["step"] == self.max_steps:
@@ -226,6 +229,8 @@ class RunScreen:
 
     def _save(self, event: dict[str, Any]) -> None:
         self.saved = f"   saved step-{event['step']}"
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, text=f"{self.state}{self.saved}")
 
     def _stopping(self, event: dict[str, Any]) -> None:
         self.close()
@@ -245,6 +250,10 @@ def show_done(screen: Console, plan: Plan, outcome: Outcome, run: Path) -> None:
     parts.append(f"{sum(story.seconds.get(name, 0) for name in ('prepare', 'all')):.0f} s")
     if story.memory_bytes is not None:
         parts.append(f"memory predicted {gib(plan.memory.total_bytes)}, measured {gib(story.memory_bytes)} GiB")
+    if story.stopped_early and plan.recipe.train.early_stopping is not None:
+        rounds = plan.recipe.train.early_stopping.patience
+        found = f"at step {story.steps} of {story.max_steps}: no better in {rounds} evaluations"
+        line(screen, "stopped", f"{found}; best loss {story.eval_best:.3f}" if story.eval_best is not None else found)
     line(screen, "done", " · ".join(parts))
     epochs = plan.recipe.train.epochs
     screen.print()

@@ -24,7 +24,7 @@ from ruamel.yaml import YAML
 
 from launcher.command import NodeCommand, node_commands, prepare_command
 from launcher.errors import InterruptedRunError, PreflightError
-from launcher.manifest import Verdict, verify
+from launcher.manifest import Verdict, folders, verify
 from launcher.plan import Plan, identity, total_steps
 from launcher.preflight import environment
 from launcher.report import Failure, Numbers, first_failure, last_lines, numbers, write_report
@@ -43,8 +43,15 @@ def write_run(plan: Plan, run: RunDir, resuming: bool) -> None:
     Raises:
         PreflightError: the directory holds a run already and nobody asked to go on with it.
     """
+    shown = _shown(run.path)
+    ours = (run.recipe, run.prepared, run.environment, run.commands, run.events, run.report)
+    if not resuming and not run.plan.exists() and (there := [path.name for path in ours if path.exists()]):
+        raise PreflightError(
+            f"run directory {shown}",
+            f"holds {', '.join(there)}, which would be written over",
+            "name a folder of its own: launch.run_dir=DIR",
+        )
     if run.plan.exists() and not resuming:
-        shown = _shown(run.path)
         raise PreflightError(
             f"run directory {shown}",
             "holds a run already",
@@ -301,9 +308,12 @@ class Supervisor:
         name = signal.Signals(stop.signal).name
         self._say({"event": "stopping", "signal": name})
         end(process, self._recorded())
-        raise InterruptedRunError(
-            name, "every process of this run has ended", f"go on later with: launch resume {_shown(self.run.path)}"
-        )
+        saved = [folder.name for folder in folders(self.run)]
+        left = f"{saved[0]} is saved" if saved else "no checkpoint was saved yet"
+        to_type = f"go on later with: launch resume {_shown(self.run.path)}"
+        if not saved:
+            to_type += "  (from the beginning; checkpoint.every_steps=N saves more often)"
+        raise InterruptedRunError(name, f"every process of this run has ended; {left}", to_type)
 
     def _recorded(self) -> list[dict[str, Any]]:
         """pid and start time of every rank that has shown a sign of life."""

@@ -92,8 +92,8 @@ def test_names_are_matched_without_case_blanks_and_hyphens(written, meant):
     [
         ("8xA900", "no card is called `A900`", "`A800-80GB`"),
         ("RTX 3006 Ti", "no card is called `RTX 3006 Ti`", "`RTX 3060 Ti`"),
-        ("A100", "`A100` exists as A100-40GB and A100-80GB", "`A100-80GB`"),
-        ("RTX 3060 Ti 12GiB", "`RTX 3060 Ti 12GiB` exists as RTX 3060 Ti", "`RTX 3060 Ti`"),
+        ("A100", "`A100` is sold as A100-40GB and A100-80GB", "`A100-80GB`"),
+        ("RTX 3060 Ti 12GiB", "`RTX 3060 Ti 12GiB` is sold as RTX 3060 Ti", "`RTX 3060 Ti`"),
         ("RTX 3090 reserved=lots", "`reserved=lots` is no option", "reserved=921MiB"),
         ("RTX 3090 taken=1GiB", "`taken=1GiB` is no option", "reserved=921MiB"),
         ("0xT4", "`0xT4` names no device", "8xA800-80GB"),

@@ -38,7 +38,7 @@ def save(run):
         left = Manifest(
             step=step, epoch=step / 4, rows_key="k", identity={"train.seed": 42}, world={"num_processes": 2},
             eval_loss=eval_loss, files=files,
-        )  # fmt: skip
+        ).sealed()  # fmt: skip
         (folder / "manifest.json").write_text(left.model_dump_json(indent=1))
         return folder
 
@@ -85,6 +85,8 @@ def test_a_checkpoint_with_the_bytes_of_its_manifest_is_valid(save):
         (lambda folder: change_manifest(folder, mood="good"), "its manifest is from another version"),
         (lambda folder: change_manifest(folder, rows_key=None), "its manifest is from another version"),
         (lambda folder: change_manifest(folder, step=8), "its manifest says step 8"),
+        (lambda folder: change_manifest(folder, rows_key="other"), "its manifest is not what was written"),
+        (lambda folder: change_manifest(folder, eval_loss=0.1), "its manifest is not what was written"),
     ],
 )
 def test_a_damaged_checkpoint_says_what_is_wrong_with_it(save, damage: Change, problem):

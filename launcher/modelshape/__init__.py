@@ -35,8 +35,12 @@ __all__ = [
     "shape_of",
     "shape_of_config",
     "trainable_parameters",
+    "unmatched_saved",
     "unmatched_targets",
 ]
+
+# Ten times more than any model has; beyond it a mistyped number would keep the planner busy for ever.
+_MOST_LAYERS = 2000
 
 
 class ModelShape(BaseModel):
@@ -118,6 +122,10 @@ def shape_of_config(config: Mapping[str, Any], name: str, source: str) -> ModelS
         raise UsageError(
             f"model: {name}", f"the config ({source}) lacks {error}", f"add {str(error).split()[0]} to the config"
         ) from None
+    if not 0 < dims.num_layers <= _MOST_LAYERS:
+        raise UsageError(
+            f"model: {name}", f"the config ({source}) has {dims.num_layers} layers", f"give 1 to {_MOST_LAYERS}"
+        )
     layer_parameters = sum(layout.modules.values())
     guess = " (as if it were a Llama: its family is not in families.yaml)" if known.name == "unknown" else ""
     return ModelShape(
@@ -200,6 +208,11 @@ def unmatched_targets(shape: ModelShape, targets: str | Sequence[str]) -> list[s
     known = family(shape.family)
     names = [name for name, _ in (*_linears(shape, known), *_ends(shape, known))]
     return [target for target in targets if not any(_matches(name, [target]) for name in names)]
+
+
+def unmatched_saved(shape: ModelShape, wanted: Sequence[str]) -> list[str]:
+    """The names in modules_to_save that are no module of the model: PEFT passes them over without a word."""
+    return [name for name in wanted if not _saved_modules(shape, [name])]
 
 
 def module_names(shape: ModelShape) -> list[str]:

@@ -7,7 +7,7 @@ from launcher.cluster import Cluster
 from launcher.errors import Problem, RecipeError
 from launcher.families import family, template_names
 from launcher.memory import Memory, MemoryRequest, estimate
-from launcher.modelshape import ModelShape, trainable_parameters, unmatched_targets
+from launcher.modelshape import ModelShape, module_names, trainable_parameters, unmatched_saved, unmatched_targets
 from launcher.plan.model import Batching, Decision, Dtype, Plan, Targets, budget_bytes
 from launcher.recipe import Recipe
 
@@ -146,6 +146,11 @@ class Deciding:
         adapter = self.recipe.adapter
         if adapter.type == "full":
             return ()
+        unknown = unmatched_saved(self.shape, adapter.modules_to_save)
+        if unknown:
+            has = ", ".join(module_names(self.shape))
+            found = f"{', '.join(unknown)} match nothing in {self.shape.name}. It has: {has}"
+            self._problem("adapter.modules_to_save", found)
         if adapter.targets == "all-linear":
             return "all-linear"
         if adapter.targets == "auto":

@@ -19,6 +19,7 @@ from ruamel.yaml.reader import ReaderError
 
 from launcher.errors import Problem, RecipeError, UsageError
 
+_MOST_PLACES = 20_000
 _BOOLEANS = {"true": True, "false": False}
 _SCALARS: dict[str, Any] = {
     "tag:yaml.org,2002:null": lambda _: None,
@@ -129,6 +130,8 @@ def _compose(text: str, name: str) -> Document:
 def _value(node: Node, key: str, document: Document) -> Any:
     """The plain value of a node; notes its place and its mistakes in `document` on the way."""
     document.places.setdefault(key, _where(node, document))
+    if len(document.places) > _MOST_PLACES:
+        raise RecipeError([Problem("", "has more than 20,000 values: aliases of aliases?", f"{document.name}:1:1")])
     if isinstance(node, MappingNode):
         return _mapping(node, key, document)
     if isinstance(node, SequenceNode):

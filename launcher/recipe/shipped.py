@@ -24,18 +24,20 @@ def find_recipe(name: str) -> Path:
         UsageError: there is none; names the nearest.
     """
     given = Path(os.path.expanduser(name))
-    if given.is_file():
+    # os.path: a name that is too long is no file; Path.is_file raises.
+    if os.path.isfile(given):
         return given
     if given.name == name:  # a bare name, with or without its ending
         file_name = name if given.suffix in (".yaml", ".yml") else f"{name}.yaml"
         for folder in (Path("recipes"), Path(), shipped_folder()):
-            if (folder / file_name).is_file():
+            if os.path.isfile(folder / file_name):
                 return folder / file_name
     known = {path.stem: path for path in recipes()}
     close = difflib.get_close_matches(given.stem, known, n=1)
-    found = "is a folder" if given.is_dir() else "there is no such recipe"
+    found = "is a folder" if os.path.isdir(given) else "there is no such recipe"
     to_type = f"did you mean: launch {known[close[0]]}" if close else "list the recipes there are: launch recipes"
-    raise UsageError(f"recipe {name}", found, to_type)
+    shown = name if len(name) <= 200 else f"{name[:200]}…"
+    raise UsageError(f"recipe {shown}", found, to_type)
 
 
 def recipes() -> list[Path]:

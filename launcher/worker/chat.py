@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from launcher.errors import LaunchError
+from launcher.errors import UsageError
 from launcher.rundir import RunDir
 from launcher.worker.data.rows import Message
 from launcher.worker.loading import Trained, load_trained
@@ -19,14 +19,11 @@ def main(argv: list[str]) -> int:
     """Talk until the person leaves; the exit code."""
     options = _options(argv)
     quiet_libraries()
-    try:
-        trained = load_trained(RunDir(Path(options.run)), options.step, quantized=True)
-    except LaunchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    prompt = None if options.prompt is None else _readable(options.prompt)
+    trained = load_trained(RunDir(Path(options.run)), options.step, quantized=True)
     history: list[Message] = [{"role": "system", "content": options.system}] if options.system else []
-    if options.prompt is not None:
-        answer(trained, [*history, {"role": "user", "content": options.prompt}], options)
+    if prompt is not None:
+        answer(trained, [*history, {"role": "user", "content": prompt}], options)
         return 0
     print(
         f"{trained.plan.name}, {trained.checkpoint.name}. An empty line or Ctrl-D ends the talk, /new forgets what was said."
@@ -34,18 +31,34 @@ def main(argv: list[str]) -> int:
     start = len(history)
     while True:
         try:
-            question = input("\nyou    ").strip()
-        except (EOFError, KeyboardInterrupt):
+            question = input("\nyou    ").strip() if sys.stdin else ""
+        except EOFError:
             print()
             return 0
         if not question:
             return 0
+        question = _readable(question)
         if question == "/new":
             del history[start:]
             continue
         history.append({"role": "user", "content": question})
         print("model  ", end="", flush=True)
         history.append({"role": "assistant", "content": answer(trained, history, options)})
+
+
+def _readable(text: str) -> str:
+    """The text, where it is one.
+
+    Raises:
+        UsageError: it is empty, or holds bytes that are no UTF-8.
+    """
+    if "".join(text.split()) == "":
+        raise UsageError("a question", "there is nothing in it", 'ask something: --prompt "…"')
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError("a question", "it holds bytes that are no UTF-8", "type it in a UTF-8 terminal") from None
+    return text
 
 
 def answer(trained: Trained, messages: list[Message], options: Any) -> str:
@@ -97,7 +110,3 @@ def _options(argv: list[str]) -> Any:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0)
     return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

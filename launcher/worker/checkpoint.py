@@ -24,7 +24,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from launcher.manifest import FILE_NAME, Manifest, best_first, describe_file, folders, sync_folder
+from launcher.manifest import FILE_NAME, Manifest, best_first, describe_file, folders, set_aside, sync_folder
 from launcher.plan import Plan, identity
 from launcher.rundir import RunDir, write_atomic
 
@@ -85,7 +85,7 @@ def save_checkpoint(run: RunDir, plan: Plan, at: Position, write: Callable[[Path
         except OSError:
             shutil.rmtree(staging, ignore_errors=True)
             raise
-        _rotate(run, plan)
+        _rotate(run, plan, target)
     _barrier()
     return target
 
@@ -102,20 +102,23 @@ def _commit(staging: Path, target: Path, manifest: Manifest) -> None:
     files = {
         str(path.relative_to(staging)): describe_file(path) for path in sorted(staging.rglob("*")) if path.is_file()
     }
-    write_atomic(staging / FILE_NAME, manifest.model_copy(update={"files": files}).model_dump_json(indent=1) + "\n")
+    whole = manifest.model_copy(update={"files": files}).sealed()
+    write_atomic(staging / FILE_NAME, whole.model_dump_json(indent=1) + "\n")
     sync_folder(staging)
     if target.exists():
-        # Only a damaged folder can be in the way: a valid one would have been resumed from. It stays for whoever looks into it.
-        place = 1
-        while target.with_name(f"{target.name}.damaged-{place}").exists():
-            place += 1
-        target.rename(target.with_name(f"{target.name}.damaged-{place}"))
+        set_aside(target)  # only a damaged folder can be in the way: a valid one would have been resumed from
     staging.rename(target)
     sync_folder(target.parent)
 
 
-def _rotate(run: RunDir, plan: Plan) -> None:
+def _rotate(run: RunDir, plan: Plan, newest: Path) -> None:
     """Delete what is older than `keep` complete checkpoints; the best one stays, and folders without a manifest are not counted."""
+    for folder in folders(run):
+        if folder == newest:
+            break
+        set_aside(
+            folder
+        )  # of a later step than the one just committed: it was passed over on resume, and counts for nothing
     complete = [folder for folder in folders(run) if (folder / FILE_NAME).is_file()]
     surplus = complete[plan.recipe.checkpoint.keep :]
     if not surplus:

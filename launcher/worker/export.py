@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from launcher.errors import LaunchError, PreflightError
+from launcher.errors import PreflightError
 from launcher.rundir import RunDir
 from launcher.worker.loading import Trained, load_trained
+from launcher.worker.pulse import die_with_parent
 from launcher.worker.quiet import quiet_libraries
 
 # Largest difference of a logit, as a share of the largest logit: what rounding does when two matrices are added before the product.
@@ -31,12 +32,9 @@ def main(argv: list[str]) -> int:
     options = _options(argv)
     quiet_libraries()
     if options.verify:
+        die_with_parent()
         return verify(Path(options.run), Path(options.verify))
-    try:
-        export(RunDir(Path(options.run)), options)
-    except LaunchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    export(RunDir(Path(options.run)), options)
     return 0
 
 

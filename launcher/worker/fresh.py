@@ -5,6 +5,7 @@ Both are saved like any other model's, so that everything after prepare treats t
 
 from __future__ import annotations
 
+import difflib
 import shutil
 from pathlib import Path
 
@@ -53,18 +54,27 @@ def random_model(plan: Plan, tokenizer_dir: Path, into: Path) -> None:
     """The recipe's config with random weights, saved like any other model, so that everything after this treats it like one."""
     quiet_libraries()
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
     assert plan.recipe.model.config is not None
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     values = {**ids, **plan.recipe.model.config}
+    model_type = values["model_type"]
+    if model_type not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), n=1)
+        raise PreflightError(
+            f"model.config.model_type: {model_type}",
+            "transformers has no such model",
+            f"did you mean {close[0]}?" if close else "take one that it has, such as llama or qwen2",
+        )
     try:
         config = AutoConfig.for_model(**values)
         torch.manual_seed(plan.recipe.train.seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except Exception as error:  # noqa: BLE001 - whatever a config class thinks of a person's numbers
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise PreflightError(
-            "model.config", f"transformers builds no model from it: {error}", "mend the config in the recipe"
+            "model.config", f"transformers builds no model from it: {reason[:300]}", "mend the config in the recipe"
         ) from None
     model.save_pretrained(into)
     for file in tokenizer_dir.iterdir():

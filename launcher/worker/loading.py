@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from launcher import manifest
 from launcher.errors import UsageError
@@ -44,7 +45,7 @@ def load_trained(run: RunDir, step: str | None, quantized: bool) -> Trained:
     """
     from transformers import AutoTokenizer
 
-    plan = Plan.model_validate_json(run.plan.read_text(encoding="utf-8"))
+    plan = _plan_of(run)
     prepared = read_prepared(run)
     folder = find_checkpoint(run, step or ("best" if plan.recipe.train.early_stopping else "latest"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,6 +62,17 @@ def load_trained(run: RunDir, step: str | None, quantized: bool) -> Trained:
         prepared.tokenizer_dir, trust_remote_code=plan.recipe.model.trust_remote_code, local_files_only=True
     )
     return Trained(plan, prepared, model, tokenizer, folder)
+
+
+def _plan_of(run: RunDir) -> Plan:
+    try:
+        return Plan.model_validate_json(run.plan.read_text(encoding="utf-8"))
+    except ValidationError:
+        raise UsageError(
+            f"run {run.path}",
+            "its plan.json is torn, or was written by another version",
+            f"write it again: launch resume {run.path}",
+        ) from None
 
 
 def find_checkpoint(run: RunDir, which: str) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from launcher.errors import PreflightError
 from launcher.plan import Plan
@@ -38,7 +39,7 @@ def load_model(plan: Plan, model_dir: str | Path, device: torch.device, quantize
         }
     try:
         model, left = AutoModelForCausalLM.from_pretrained(model_dir, output_loading_info=True, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise PreflightError(
             f"model {plan.shape.name}",
             f"cannot be loaded: {str(error).splitlines()[0]}",

@@ -9,6 +9,7 @@ Prints one JSON object a line: progress, or the error that ended it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -23,7 +24,7 @@ from typing import Any
 
 from launcher.errors import LaunchError, PreflightError
 from launcher.plan import Plan
-from launcher.rundir import RunDir, read_json
+from launcher.rundir import RunDir, read_json, write_json
 from launcher.worker.data.rows import data_files, named
 from launcher.worker.prepared import DataReport, Prepared, write_prepared
 from launcher.worker.pulse import die_with_parent
@@ -38,7 +39,10 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template*",
     "added_tokens.json",
+    "generation_config.json",
 )
+# The list of files in a cache folder, with their sizes.
+_CONTENTS = "contents.json"
 _WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 _OTHER_PATTERNS = ("*.json", "*.model", "*.txt", "*.py", "*.jinja", "*.tiktoken", "tokenizer*")
 
@@ -160,21 +164,25 @@ def _rows_key(plan: Plan, data_hash: str) -> str:
 def cache_folder() -> Path:
     """Where prepared things are kept: $LAUNCH_CACHE, else below the user's cache folder."""
     root = os.environ.get("LAUNCH_CACHE")
-    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "launch"
+    folder = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "launch"
+    return folder.expanduser().absolute()
 
 
 def _made(what: str, key: str, cached: list[str], make: Callable[[Path], None]) -> Path:
     """The cache folder of a key; made under a temporary name and renamed where it is not there yet."""
     target = cache_folder() / f"{what}-{key[:24]}"
     if target.is_dir():
-        cached.append(what)
-        _say(event="prepare", what=what, state="cached")
-        return target
+        if _is_whole(target):
+            cached.append(what)
+            _say(event="prepare", what=what, state="cached")
+            return target
+        _remove(target)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         make(temporary)
+        write_json(temporary / _CONTENTS, _sizes(temporary))
         try:
             temporary.rename(target)
         except OSError:
@@ -185,6 +193,26 @@ def _made(what: str, key: str, cached: list[str], make: Callable[[Path], None]) 
         shutil.rmtree(temporary, ignore_errors=True)
     _say(event="prepare", what=what, state="made")
     return target
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Relative name -> bytes of every file of a cache folder."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != _CONTENTS)
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(files)}
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether every file is there in the size it was made; a look at the bytes would cost more than making most of them again."""
+    contents = read_json(folder / _CONTENTS)
+    return isinstance(contents, dict) and contents == _sizes(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Take a damaged folder out of the cache: its name at once, then its files."""
+    doomed = folder.with_name(f".{folder.name}.{os.getpid()}.damaged")
+    with contextlib.suppress(FileNotFoundError):  # another launcher was quicker
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def _existing_model(plan: Plan) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from launcher.errors import UsageError
 from launcher.rundir import RunDir, read_json, write_json
@@ -67,7 +67,14 @@ def read_prepared(run: RunDir) -> Prepared:
     value = read_json(run.prepared)
     if value is None:
         raise UsageError(f"run {run.path}", "ended before it was prepared", f"go on with it: launch resume {run.path}")
-    return Prepared.model_validate(value)
+    try:
+        return Prepared.model_validate(value)
+    except ValidationError:
+        raise UsageError(
+            f"run {run.path}",
+            "its prepared.json is not what prepare writes",
+            f"write it again: launch resume {run.path}",
+        ) from None
 
 
 def write_prepared(run: RunDir, prepared: Prepared) -> None:

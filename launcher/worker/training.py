@@ -193,8 +193,10 @@ class Flow(TrainerCallback):
         step, last = state.global_step, state.global_step >= state.max_steps
         control.should_save = last or step % self.save_every == 0
         control.should_evaluate = self.has_eval and (last or step % self.eval_every == 0)
-        # A save ends a logging window, so that a resumed run logs the very windows of the uninterrupted one.
-        control.should_log = control.should_save or step == 1 or step % self.log_every == 0
+        # A save ends a logging window, so that a resumed run logs the very windows of the uninterrupted one. Under early stopping an
+        # evaluation may be followed by one.
+        may_save = control.should_save or (control.should_evaluate and self.early_stopping is not None)
+        control.should_log = may_save or step == 1 or step % self.log_every == 0
         control.should_training_stop = last
 
     def on_evaluate(

@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -111,6 +112,14 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
             ["--nproc 3: hardware: 2xA800-80GB has 2 cards", "--nproc 2"],
         ),
         (USAGE, "tiny.yaml hardware=2xA8000", ["no card is called `A8000`", "did you mean `A800-80GB`"]),
+        (
+            USAGE,
+            "tiny.yaml adapter.modules_to_save=[lm_headd]",
+            ["adapter.modules_to_save: lm_headd match nothing in llama. It has: ", "lm_head"],
+        ),
+        (USAGE, "plan tiny.yaml model.config.num_hidden_layers=99999999999999", ["has 99999999999999 layers"]),
+        (USAGE, f"plan {'a' * 5000}", ["there is no such recipe"]),
+        (USAGE, f"resume {'a' * 5000}", ["there is no such folder"]),
         (USAGE, "chat nowhere", ["run nowhere: there is no such folder", "launch runs"]),
         (USAGE, "export tiny.yaml", ["run tiny.yaml: there is no such folder", "launch runs"]),
         (USAGE, "resume .", ["run .: holds no plan.json", "launch runs"]),
@@ -291,6 +300,43 @@ def test_a_port_that_is_taken(refused: Refused) -> None:
         )
 
 
+def test_a_port_that_is_taken_on_another_address(refused: Refused) -> None:
+    with socket.create_server(("127.0.0.2", 0)) as server:
+        port = server.getsockname()[1]
+        refused(NOT_READY, [f"launch.port: {port}: cannot be used"], "tiny.yaml", f"launch.port={port}")
+
+
+def test_a_run_directory_with_files_of_somebody_else(here: Path, refused: Refused) -> None:
+    mine = here / "mine"
+    mine.mkdir()
+    (mine / "recipe.yaml").write_text("# my own comments")
+    refused(
+        NOT_READY,
+        ["holds recipe.yaml, which would be written over", "launch.run_dir=DIR"],
+        "tiny.yaml",
+        "--run-dir",
+        "mine",
+    )
+    assert (mine / "recipe.yaml").read_text() == "# my own comments"
+
+
+def test_a_folder_that_is_gone(here: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = here / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    refused(USAGE, ["the folder you are in is no longer there"], "plan", str(here / "tiny.yaml"))
+
+
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_a_closed_stream_changes_no_exit_code(here: Path, closed: str) -> None:
+    for recipe, code in (("tiny.yaml", 0), ("nonsense", USAGE)):
+        command = f"exec {sys.executable} -m launcher plan {recipe} {closed}>&-"
+        done = subprocess.run(["bash", "-c", command], cwd=here, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_a_run_directory_that_cannot_be_made(refused: Refused) -> None:
     refused(
         NOT_READY,
@@ -403,6 +449,20 @@ def test_an_export_that_is_there_already(finished: Path, refused: Refused) -> No
     refused(
         NOT_READY, [f"export folder {finished.resolve()}/export: is there already", "--out DIR"], "export", "finished"
     )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [("", ["there is nothing in it"]), ("\udcff", ["bytes that are no UTF-8"])],
+    ids=["empty", "bytes"],
+)
+def test_a_question_that_is_none(finished: Path, refused: Refused, prompt: str, words: list[str]) -> None:
+    refused(USAGE, words, "chat", "finished", "--prompt", prompt)
+
+
+def test_a_chat_with_a_torn_plan(finished: Path, refused: Refused) -> None:
+    (finished / "plan.json").write_text("{")
+    refused(USAGE, ["its plan.json is torn", "launch resume"], "chat", "finished", "--prompt", "hello")
 
 
 def test_a_chat_with_a_run_that_was_never_prepared(finished: Path, refused: Refused) -> None:

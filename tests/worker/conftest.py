@@ -50,14 +50,19 @@ class Job:
         cluster = resolve_cluster(loaded.recipe.hardware)
         return make_plan("tiny", loaded.recipe, cluster, shape_of(loaded.recipe.model, self.recipe.parent))
 
-    def start(self, *overrides: str, resume: bool = False) -> list[int]:
-        """Plan, prepare and run all ranks to their end; their exit codes."""
+    def prepare(self, *overrides: str, resume: bool = False) -> Plan:
+        """Plan and prepare; the plan."""
         plan = self.plan(*overrides)
         self.run.create()
         if resume:
             plan = supervise.continue_from(plan, manifest.newest_valid(self.run)[0])
-        supervise.write_run(plan, self.run, resume)
+        supervise.write_run(plan, self.run, resume or self.run.plan.exists())
         supervise.Supervisor(plan, self.run, lambda event: None).prepare_only()
+        return plan
+
+    def start(self, *overrides: str, resume: bool = False) -> list[int]:
+        """Plan, prepare and run all ranks to their end; their exit codes."""
+        plan = self.prepare(*overrides, resume=resume)
         assert self.server.stdin is not None
         assert self.server.stdout is not None
         self.server.stdin.write(json.dumps({"plan": str(self.run.plan), "ranks": plan.num_processes}) + "\n")

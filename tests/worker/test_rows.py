@@ -356,7 +356,7 @@ def test_another_encoding_is_named_with_its_first_byte_and_line(read, ending):
         read(f"rows{ending}", content, format="text", bad_rows="skip")
     assert str(caught.value) == (
         f"data.path: rows{ending}: is not UTF-8: byte 0xca in line 3\n"
-        f"  convert it: iconv -f GB18030 -t UTF-8 rows{ending}"
+        f"  convert it: iconv -f GB18030 -t UTF-8 -o rows-utf8{ending} rows{ending}"
     )
 
 

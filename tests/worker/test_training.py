@@ -210,6 +210,51 @@ def test_a_damaged_checkpoint_is_passed_over_and_left(finished: Job, job: Job) -
     assert manifest.verify(job.run.checkpoints / "step-8").problem is None
 
 
+def test_rotation_counts_no_damaged_checkpoint(finished: Job, job: Job) -> None:
+    copy_until(finished, job, 8)
+    flipped = job.run.checkpoints / "step-8" / "adapter_model.safetensors"
+    data = bytearray(flipped.read_bytes())
+    data[-1] ^= 1
+    flipped.write_bytes(data)
+    assert job.start("train.max_steps=7", "checkpoint.keep=1", resume=True) == [0, 0], job.logs()
+    newest, skipped = manifest.newest_valid(job.run)
+    assert newest is not None
+    assert (newest.step, skipped) == (7, [])
+    assert (job.run.checkpoints / "step-8.damaged-1" / flipped.name).read_bytes() == data
+
+
+def test_rows_whose_answer_is_cut_off_are_left_out(job: Job, tmp_path: Path) -> None:
+    # With an input the template alone is longer than 42 tokens.
+    rows = [{"instruction": "Add", "output": "ok"}] * 2 + [{"instruction": "Add", "input": "1", "output": "two"}] * 38
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    settings = (f"data.path={tmp_path / 'rows.json'}", "data.eval=null", "data.max_length=42", "train.max_steps=1")
+    bytes_only = "model.config.vocab_size=262"
+    assert job.start(*settings, bytes_only, "train.global_batch=2", "train.micro_batch=1") == [0, 0], job.logs()
+    report = json.loads(job.run.prepared.read_text())["report"]
+    assert (report["train_rows"], report["rows_dropped"]) == (2, 38)
+
+
+@pytest.mark.parametrize("damage", ["an empty table", "a torn model", "no report"])
+def test_a_damaged_folder_of_the_cache_is_made_again(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setenv("LAUNCH_CACHE", str(tmp_path / "cache"))
+    settings = ("train.max_steps=1", "hardware=1xcpu", "data.eval=null")
+    job.prepare(*settings)
+    before = json.loads(job.run.prepared.read_text())
+    if damage == "an empty table":
+        next(Path(before["data_dir"]).glob("train/*.arrow")).write_bytes(b"")
+    elif damage == "a torn model":
+        with (Path(before["model_dir"]) / "model.safetensors").open("r+b") as file:
+            file.truncate(1000)
+    else:
+        (Path(before["data_dir"]) / "report.json").unlink()
+    assert job.start(*settings) == [0], job.logs()
+    after = json.loads(job.run.prepared.read_text())
+    assert set(before["cached"]) == set()
+    assert len(after["cached"]) == 2, "only what was damaged is made again"
+
+
 @pytest.mark.parametrize(
     ("override", "word"),
     [("train.seed=7", "train.seed"), ("train.global_batch=4", "train.global_batch"), ("adapter.r=8", "adapter.r")],

@@ -38,7 +38,7 @@ def tokenize(plan: Plan, tokenizer_dir: Path, into: Path, progress: Progress) ->
     template = _template(plan, tokenizer)
     encoder = _Encoder(Prompter(tokenizer, template), data, len(rows) + len(eval_rows), progress)
     train, evaluation = encoder.encode(rows), encoder.encode(eval_rows)
-    if not any(label != IGNORED for tokens in train for label in tokens.labels):
+    if not train:
         raise DataError(
             f"data.max_length: {data.max_length}",
             f"no answer is left of {len(rows):,} rows",
@@ -101,7 +101,7 @@ def load_tokenizer(plan: Plan, folder: Path) -> Any:
 
 
 class _Encoder:
-    """Conversations to tokens, with counts of what was cut or dropped."""
+    """Conversations to tokens, with counts of what was cut or dropped. A row whose whole answer is cut off teaches nothing, and goes."""
 
     def __init__(self, prompter: Prompter, data: Data, total: int, progress: Progress) -> None:
         self.prompter = prompter
@@ -117,7 +117,8 @@ class _Encoder:
             self.done += 1
             if self.done % _ROWS_PER_PROGRESS == 0:
                 self.progress(self.done, self.total)
-            if tokens.cut and self.data.overlong == "drop":
+            nothing_left = all(label == IGNORED for label in tokens.labels)
+            if tokens.cut and (self.data.overlong == "drop" or nothing_left):
                 self.dropped += 1
             else:
                 self.truncated += tokens.cut

@@ -6,6 +6,7 @@ a line), Parquet, text files and folders of them.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
@@ -214,10 +215,11 @@ def _read_text(file: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
+        encoding = "UTF-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "GB18030"
         raise DataError(
             f"data.path: {file}",
             f"is not UTF-8: byte 0x{data[error.start]:02x} in line {line}",
-            f"convert it: iconv -f GB18030 -t UTF-8 {file}",
+            f"convert it: iconv -f {encoding} -t UTF-8 -o {file.with_stem(file.stem + '-utf8')} {file}",
         ) from None
 
 
