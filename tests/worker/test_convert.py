@@ -1,0 +1,271 @@
+"""Conversion to native classes: the same logits and tokens as the original layouts, and errors where that cannot be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launcher.errors import PreflightError
+from launcher.worker.convert import convert_model
+from launcher.worker.native_tokenizer import convert_tokenizer, from_sentencepiece, texts
+from launcher.worker.prepared import read_prepared
+from tests.worker import originals
+from tests.worker.conftest import Job
+
+IDS = [3, 17, 256, 9, 41, 5, 600, 31, 17, 2]
+NATIVE = {
+    "chatglm2": "GlmForCausalLM", "chatglm3": "GlmForCausalLM", "baichuan": "LlamaForCausalLM",
+    "baichuan2": "LlamaForCausalLM", "internlm": "LlamaForCausalLM", "internlm 20B": "LlamaForCausalLM",
+    "xverse": "LlamaForCausalLM", "qwen": "Qwen2ForCausalLM",
+}  # fmt: skip
+
+
+def converted(folder: Path, into: Path) -> Any:
+    """The converted model, loaded as anybody would."""
+    from transformers import AutoModelForCausalLM
+
+    shutil.rmtree(into, ignore_errors=True)
+    into.mkdir()
+    convert_model(folder, into, folder.name, lambda done, total: None)
+    model, left = AutoModelForCausalLM.from_pretrained(into, dtype="auto", output_loading_info=True)
+    assert not left["missing_keys"]
+    assert not left["unexpected_keys"]
+    return model.eval()
+
+
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "pickled"])
+@pytest.mark.parametrize("kind", NATIVE)
+def test_the_native_class_computes_the_same(kind: str, pickled: bool, tmp_path: Path) -> None:
+    state = originals.random_state(kind)
+    originals.write_model(tmp_path / "original", kind, state, pickled=pickled)
+    model = converted(tmp_path / "original", tmp_path / "native")
+    assert type(model).__name__ == NATIVE[kind]
+    with torch.no_grad():
+        found = model(torch.tensor([IDS])).logits[0]
+    wanted = originals.logits(kind, state, IDS)
+    assert wanted.abs().max() > 1
+    assert (found - wanted).abs().max() < 1e-5
+    tokens = model.generate(torch.tensor([IDS]), max_new_tokens=12, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    assert tokens[0, len(IDS) :].tolist() == originals.greedy(kind, state, IDS, 12)
+
+
+def test_precision_is_kept(tmp_path: Path) -> None:
+    state = originals.random_state("chatglm2", dtype=torch.float16)
+    originals.write_model(tmp_path / "original", "chatglm2", state, torch_dtype="float16")
+    model = converted(tmp_path / "original", tmp_path / "native")
+    assert model.dtype == torch.float16
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32, "positions are exact in every precision"
+    head = model.lm_head.weight
+    assert torch.equal(head, state["transformer.output_layer.weight"])
+
+
+def _drop(state: originals.State) -> None:
+    del state["transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"]
+
+
+def _prefix(state: originals.State) -> None:
+    state["transformer.prefix_encoder.embedding.weight"] = torch.zeros(4, 8)
+
+
+def _narrow(state: originals.State) -> None:
+    name = "transformer.encoder.layers.0.self_attention.query_key_value.weight"
+    state[name] = state[name][:-1].clone()
+
+
+def _wide(state: originals.State) -> None:
+    state["transformer.output_layer.weight"] = torch.zeros(700, originals.HIDDEN)
+
+
+def _third_layer(state: originals.State) -> None:
+    state["transformer.encoder.layers.2.input_layernorm.weight"] = torch.ones(originals.HIDDEN)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (_drop, "its files have nothing for model.layers.1.mlp.down_proj.weight"),
+        (_prefix, "nobody here knows its tensor transformer.prefix_encoder.embedding.weight"),
+        (_narrow, "query_key_value.weight has 63 rows instead of 32 + 16 + 16"),
+        (_wide, "lm_head.weight is [700, 32], its config.json says [640, 32]"),
+        (_third_layer, "the native class has no model.layers.2.input_layernorm.weight"),
+    ],
+)
+def test_weights_that_do_not_belong_are_refused(change: Any, found: str, tmp_path: Path) -> None:
+    state = originals.random_state("chatglm2")
+    change(state)
+    originals.write_model(tmp_path, "chatglm2", state)
+    (tmp_path / "native").mkdir()
+    with pytest.raises(PreflightError) as caught:
+        convert_model(tmp_path, tmp_path / "native", "tiny", lambda done, total: None)
+    assert found in caught.value.found
+    assert caught.value.exit_code == 4
+
+
+class _Trap:
+    def __reduce__(self) -> Any:
+        return print, ("code from a pickle ran",)
+
+
+@pytest.mark.parametrize("broken", ["cut", "pickle", "missing", "index", "none"])
+def test_files_that_cannot_be_read_are_named(broken: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    originals.write_model(tmp_path, "chatglm2", originals.random_state("chatglm2"), pickled=broken == "pickle")
+    shard = sorted(tmp_path.glob("*-00002-*"))[0]
+    if broken == "cut":
+        shard.write_bytes(shard.read_bytes()[:-64])
+    elif broken == "pickle":
+        torch.save({"x": _Trap()}, shard)
+    elif broken == "missing":
+        shard.unlink()
+    elif broken == "index":
+        (tmp_path / "model.safetensors.index.json").write_text("[]")
+    else:
+        for file in tmp_path.glob("*model*"):
+            file.unlink()
+    (tmp_path / "native").mkdir()
+    with pytest.raises(PreflightError) as caught:
+        convert_model(tmp_path, tmp_path / "native", "tiny", lambda done, total: None)
+    wanted = {"index": "model.safetensors.index.json", "none": "has no *.safetensors"}.get(broken, shard.name)
+    assert wanted in str(caught.value)
+    assert "code from a pickle" not in capsys.readouterr().out
+
+
+def test_a_folder_whose_config_is_not_the_plans_is_refused(tmp_path: Path) -> None:
+    originals.write_model(tmp_path, "chatglm2", originals.random_state("chatglm2"), quantization_bit=4)
+    with pytest.raises(PreflightError, match="quantization_bit is 4"):
+        convert_model(tmp_path, tmp_path, "tiny", lambda done, total: None)
+
+
+# tokenizer
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    originals.write_sentencepiece(folder)
+    return folder
+
+
+def native_tokenizer(folder: Path, source: str, into: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    from launcher.native import Native
+
+    into.mkdir(exist_ok=True)
+    convert_tokenizer(folder, into, Native(source=source, target=NATIVE[source]), "tiny")
+    return AutoTokenizer.from_pretrained(into)
+
+
+@pytest.mark.parametrize("source", ["chatglm2", "chatglm3"])
+def test_chatglms_tokens_are_those_of_sentencepiece(source: str, sentences: Path, tmp_path: Path) -> None:
+    from sentencepiece import SentencePieceProcessor
+
+    tokenizer = native_tokenizer(sentences, source, tmp_path / "native")
+    plain = SentencePieceProcessor(model_file=str(sentences / "tokenizer.model"))
+    first = plain.vocab_size()
+    special = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]
+    special += ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"] if source == "chatglm3" else []
+    assert tokenizer.convert_tokens_to_ids(special) == list(range(first, first + len(special)))
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (2, 0, first + len(special))
+    for text in [*texts(500), "[gMASK]sop 你好", "<|user|>\n hi <|assistant|>"]:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids == plain.encode(text), text
+        assert tokenizer.decode(ids) == plain.decode(ids), text
+    assert tokenizer("你好")["input_ids"] == [first + 1, first + 3, *plain.encode("你好")]
+    assert tokenizer.decode([first + 1, first + 3, *plain.encode("你好"), 2], skip_special_tokens=True) == "你好"
+    ends = json.loads((tmp_path / "native" / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == ([2] if source == "chatglm2" else [2, first + 6, first + 8])
+
+
+def test_text_never_becomes_a_control_or_byte_piece(sentences: Path) -> None:
+    tokenizer, plain = from_sentencepiece(sentences / "tokenizer.model", "tiny")
+    tokenizer.encode_special_tokens = True
+    for text in ("</s>", "a</s>b", "<0x0A>", "<unk><s>"):
+        assert tokenizer.encode(text, add_special_tokens=False).ids == plain.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [({"model_type": "unigram"}, "is no BPE"), ({"remove_extra_whitespaces": True}, "rewrites spaces")],
+)
+def test_a_vocabulary_that_cannot_be_expressed_is_refused(options: Any, found: str, tmp_path: Path) -> None:
+    originals.write_sentencepiece(tmp_path, size=400, **options)
+    with pytest.raises(PreflightError, match=found):
+        native_tokenizer(tmp_path, "chatglm2", tmp_path / "native")
+
+
+@pytest.mark.parametrize("content", [None, b"no model"])
+def test_a_tokenizer_model_that_is_none(content: bytes | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(PreflightError, match="cannot be read"):
+        native_tokenizer(tmp_path, "chatglm2", tmp_path / "native")
+
+
+# a whole run
+
+POISON = "raise RuntimeError('the code of the model was executed')\n"
+
+
+@pytest.fixture(scope="module")
+def chatglm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as its authors publish it, whose code must not run, and a recipe for it."""
+    folder = tmp_path_factory.mktemp("models") / "chatglm2-tiny"
+    originals.write_sentencepiece(folder)
+    originals.write_model(folder, "chatglm2", originals.random_state("chatglm2"))
+    for name in ("configuration_chatglm.py", "modeling_chatglm.py", "tokenization_chatglm.py"):
+        (folder / name).write_text(POISON)
+    code = {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ChatGLMTokenizer", "auto_map": code}))
+    rows = [{"prompt": f"你好 {n} <|user|> [gMASK]", "response": f"今天天气很好 {n}。"} for n in range(12)]
+    (folder.parent / "rows.json").write_text(json.dumps(rows))
+    (folder.parent / "recipe.yaml").write_text(f"""
+model: {{path: {folder}}}
+data: {{path: {folder.parent / "rows.json"}, format: prompt_response, max_length: 96}}
+adapter: {{type: lora, r: 4, alpha: 8}}
+train: {{max_steps: 2, lr: 5e-3, global_batch: 4, micro_batch: 2, log_every_steps: 1}}
+hardware: 2xcpu
+""")
+    return folder
+
+
+def test_a_chatglm2_folder_is_trained_without_its_code(
+    chatglm2: Path, rank_server: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    from datasets import load_from_disk
+    from sentencepiece import SentencePieceProcessor
+
+    job = Job(rank_server, chatglm2.parent / "recipe.yaml", tmp_path / "run")
+    assert job.start() == [0, 0], job.logs()
+    assert sorted(job.losses()) == [1, 2]
+    plan, prepared = job.plan(), read_prepared(job.run)
+    assert (plan.shape.family, plan.shape.prompts, plan.shape.remote_code) == ("glm", "chatglm2", False)
+    assert plan.targets == ("q_proj", "k_proj", "v_proj")
+    assert prepared.template == "chatglm2"
+    assert (prepared.eos_token_ids, prepared.pad_token_id) == ((2,), 0)
+    assert prepared.source_dir == str(chatglm2)
+    assert not list(Path(prepared.model_dir).glob("*.py"))
+    # [gMASK] sop, the question as the family's own code writes it, the answer by itself, </s>.
+    plain = SentencePieceProcessor(model_file=str(chatglm2 / "tokenizer.model"))
+    first = plain.vocab_size()
+    asked = plain.encode("[Round 1]\n\n问：你好 3 <|user|> [gMASK]\n\n答：")
+    rows = {tuple(row["input_ids"]) for row in load_from_disk(str(Path(prepared.data_dir) / "train"))}
+    assert (first + 1, first + 3, *asked, *plain.encode("今天天气很好 3。"), 2) in rows
+    # Chat goes the same way.
+    told = run_verb("chat", job, "--prompt", "你好 3", "--max-new-tokens", "3")
+    assert told.returncode == 0, told.stderr
+    # Another run converts nothing.
+    again = Job(rank_server, chatglm2.parent / "recipe.yaml", tmp_path / "again")
+    assert again.start("train.max_steps=1", "hardware=1xcpu") == [0], again.logs()
+    assert "native" in read_prepared(again.run).cached
+
+
+def run_verb(name: str, job: Job, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launcher", name, str(job.folder), *flags]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
