@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import subprocess
 import sys
+import unicodedata
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +192,116 @@ def test_text_never_becomes_a_control_or_byte_piece(sentences: Path) -> None:
     tokenizer.encode_special_tokens = True
     for text in ("</s>", "a</s>b", "<0x0A>", "<unk><s>"):
         assert tokenizer.encode(text, add_special_tokens=False).ids == plain.encode(text)
+
+
+@pytest.mark.parametrize("source", ["baichuan", "internlm", "xverse"])
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_llama_like_tokens_are_those_of_sentencepiece(source: str, add_bos: bool, tmp_path: Path) -> None:
+    from sentencepiece import SentencePieceProcessor
+
+    whole = ["<reserved_1>", "<reserved_10>", "▁▁▁▁", "0", "1"]
+    originals.write_sentencepiece(tmp_path, user_defined_symbols=whole)
+    plain = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    first = plain.vocab_size()
+    config = {"add_bos_token": add_bos, "pad_token": {"content": "<pad>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<eoh>": first + 1, "<pad>": first}))
+    ends = {"eos_token_id": [2, first + 1], "chat_format": "raw"}
+    (tmp_path / "generation_config.json").write_text(json.dumps(ends))
+    tokenizer = native_tokenizer(tmp_path, source, tmp_path / "native")
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, first)
+    more = [
+        "<reserved_10>",
+        "a<reserved_1>b",
+        "<reserved_1><reserved_10> x    y",
+        "    ",
+        "100 0 1    01",
+        "0</s>1",
+        "0<0x0A>0<unk>1",
+    ]
+    for text in [*texts(500), *more]:
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert ids == plain.encode(text), text
+        assert tokenizer.decode(ids) == plain.decode(ids), text
+    assert tokenizer("你好")["input_ids"] == [1] * add_bos + plain.encode("你好")
+    kept = json.loads((tmp_path / "native" / "generation_config.json").read_text())
+    assert kept == {"eos_token_id": [2, first + 1]}
+
+
+def test_added_tokens_keep_their_ids_or_are_refused(tmp_path: Path) -> None:
+    originals.write_sentencepiece(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<eoh>": 9999}))
+    with pytest.raises(PreflightError, match="its files say 9999"):
+        native_tokenizer(tmp_path, "internlm", tmp_path / "native")
+
+
+def test_a_fast_tokenizer_of_its_own_is_taken_as_it_is(sentences: Path, tmp_path: Path) -> None:
+    made, _ = from_sentencepiece(sentences / "tokenizer.model", "tiny")
+    made.save(str(tmp_path / "tokenizer.json"))
+    config = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = native_tokenizer(tmp_path, "xverse", tmp_path / "native")
+    assert tokenizer("你好")["input_ids"] == made.encode("你好").ids
+    assert tokenizer.eos_token_id == 2
+
+
+def ranks_of(texts: list[str], num: int) -> dict[bytes, int]:
+    """A vocabulary as tiktoken has it: bytes in its own order, then the most frequent pairs of words."""
+    words = [[bytes([byte]) for byte in word.encode()] for text in texts for word in text.split(" ")]
+    ranks = {bytes([byte]): 255 - byte for byte in range(256)}
+    while len(ranks) < num:
+        pairs = Counter(left + right for word in words for left, right in pairwise(word))
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        ranks[best] = len(ranks)
+        for word in words:
+            place = 0
+            while place < len(word) - 1:
+                if word[place] + word[place + 1] == best:
+                    word[place : place + 2] = [best]
+                place += 1
+    return ranks
+
+
+def by_ranks(text: str, ranks: dict[bytes, int]) -> list[int]:
+    """Qwen's own way, with the words of its class: normalise, split, then the pair of the lowest rank again and again."""
+    import regex
+
+    pattern = (
+        r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
+        r"""|\s*[\r\n]+|\s+(?!\S)|\s+"""
+    )
+    ids = []
+    for word in regex.findall(pattern, unicodedata.normalize("NFC", text)):
+        parts = [bytes([byte]) for byte in word.encode()]
+        while True:
+            able = [(ranks[a + b], n) for n, (a, b) in enumerate(pairwise(parts)) if a + b in ranks]
+            if not able:
+                break
+            place = min(able)[1]
+            parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        ids += [ranks[part] for part in parts]
+    return ids
+
+
+def test_qwens_tokens_are_those_of_its_ranks(tmp_path: Path) -> None:
+    ranks = ranks_of([*texts(60), originals.TEXT], 500)
+    lines = [base64.b64encode(token) + f" {rank}\n".encode() for token, rank in ranks.items()]
+    (tmp_path / "qwen.tiktoken").write_bytes(b"".join(lines))
+    tokenizer = native_tokenizer(tmp_path, "qwen", tmp_path / "native")
+    assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]) == [500, 501, 502]
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (500, 500, 708)
+    for text in [*texts(500), "I'm here, you'LL see  \n\n  x"]:
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert ids == by_ranks(text, ranks), text
+        assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
+
+
+@pytest.mark.parametrize("content", [None, b"no base64!\n", b"YQ== 0\n", b"YQ==\n"])
+def test_a_tiktoken_file_that_is_none(content: bytes | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "qwen.tiktoken").write_bytes(content)
+    with pytest.raises(PreflightError, match="cannot be read"):
+        native_tokenizer(tmp_path, "qwen", tmp_path / "native")
 
 
 @pytest.mark.parametrize(
