@@ -44,8 +44,8 @@ class Row:
         return found.groups() if found else None
 
 
-def _filled(pattern: str, parts: tuple[str, ...]) -> str:
-    """A pattern with its stars replaced, in order."""
+def filled(pattern: str, parts: tuple[str, ...]) -> str:
+    """A pattern of a `Row` with its stars replaced, in order."""
     for part in parts:
         pattern = pattern.replace("*", part, 1)
     return pattern
@@ -256,7 +256,7 @@ def _converted(key: str, tensor: torch.Tensor, found: NativeConfig, name: str) -
                 raise _inexact(name, f"{key} has {tensor.shape[0]} rows instead of {' + '.join(map(str, sizes))}")
             # Rows of one matrix share its memory, which safetensors does not allow.
             pieces = [piece.clone() for piece in tensor.split(sizes)]
-        yield from ((_filled(target, parts), piece) for target, piece in zip(row.targets, pieces, strict=False))
+        yield from ((filled(target, parts), piece) for target, piece in zip(row.targets, pieces, strict=False))
         return
     raise _inexact(name, f"nobody here knows its tensor {key}")
 
@@ -286,23 +286,3 @@ def _write(tensors: dict[str, torch.Tensor], file: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file, metadata={"format": "pt"})
-
-
-def original_layout(state: Mapping[str, torch.Tensor], found: NativeConfig) -> dict[str, torch.Tensor]:
-    """The way back: tensors of the native class -> those of the original layout, q, k and v in one again.
-
-    Raises:
-        ValueError: a tensor has no place in the original layout.
-    """
-    left = dict(state)
-    made: dict[str, torch.Tensor] = {}
-    for row in KEYS[found.native.source]:
-        if not row.targets:
-            continue
-        first = Row(row.targets[0], ())
-        for key in [key for key in left if first.match(key) is not None]:
-            parts = first.match(key) or ()
-            made[_filled(row.source, parts)] = torch.cat([left.pop(_filled(target, parts)) for target in row.targets])
-    if left:
-        raise ValueError(f"no place in the layout of {found.native.source} for {', '.join(sorted(left)[:4])}")
-    return made

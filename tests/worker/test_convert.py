@@ -15,10 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from launcher.errors import PreflightError
-from launcher.worker.convert import convert_model
+from launcher import supervise
+from launcher.errors import PreflightError, UsageError
+from launcher.rundir import RunDir
+from launcher.worker.convert import convert_model, wanted_config
 from launcher.worker.native_tokenizer import convert_tokenizer, from_sentencepiece, texts
+from launcher.worker.original import original_layout, require_way_back
 from launcher.worker.prepared import read_prepared
 from tests.worker import originals
 from tests.worker.conftest import Job
@@ -324,6 +328,7 @@ def test_a_tokenizer_model_that_is_none(content: bytes | None, tmp_path: Path) -
 
 # a whole run
 
+ROTARY = "transformer.rotary_pos_emb.inv_freq"
 POISON = "raise RuntimeError('the code of the model was executed')\n"
 
 
@@ -371,15 +376,52 @@ def test_a_chatglm2_folder_is_trained_without_its_code(
     asked = plain.encode("[Round 1]\n\n问：你好 3 <|user|> [gMASK]\n\n答：")
     rows = {tuple(row["input_ids"]) for row in load_from_disk(str(Path(prepared.data_dir) / "train"))}
     assert (first + 1, first + 3, *asked, *plain.encode("今天天气很好 3。"), 2) in rows
-    # Chat goes the same way.
-    told = run_verb("chat", job, "--prompt", "你好 3", "--max-new-tokens", "3")
-    assert told.returncode == 0, told.stderr
+    exported_in_the_original_layout(job, chatglm2)
     # Another run converts nothing.
-    again = Job(rank_server, chatglm2.parent / "recipe.yaml", tmp_path / "again")
-    assert again.start("train.max_steps=1", "hardware=1xcpu") == [0], again.logs()
-    assert "native" in read_prepared(again.run).cached
+    supervise.Supervisor(plan, job.run, lambda event: None).prepare_only()
+    assert "native" in read_prepared(job.run).cached
+
+
+def exported_in_the_original_layout(job: Job, source: Path) -> None:
+    """It computes what the trained model computes, and carries the authors' files."""
+    out = job.folder / "original"
+    done = run_verb("export", job, "--out", str(out), "--layout", "original", "--max-shard-size", "1MB")
+    assert done.returncode == 0, done.stderr
+    assert "same logits" in done.stdout
+    for file in source.iterdir():
+        if file.suffix != ".safetensors" and "index" not in file.name:
+            assert (out / file.name).read_bytes() == file.read_bytes()
+    state = {name: tensor for shard in out.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+    first = originals.random_state("chatglm2")
+    assert {name: tensor.shape for name, tensor in state.items()} == {n: t.shape for n, t in first.items()}
+    changed = {name for name in first if not torch.equal(state[name], first[name])} - {ROTARY}
+    fused = "transformer.encoder.layers.{}.self_attention.query_key_value.weight"
+    assert changed == {fused.format(0), fused.format(1)}, "the adapter is in the fused matrices, and nowhere else"
 
 
 def run_verb(name: str, job: Job, *flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "launcher", name, str(job.folder), *flags]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("kind", ["chatglm2", "qwen", "internlm"])
+def test_the_way_back_is_exact(kind: str, tmp_path: Path) -> None:
+    state = originals.random_state(kind)
+    originals.write_model(tmp_path / "original", kind, state)
+    model = converted(tmp_path / "original", tmp_path / "native")
+    back = original_layout(model.state_dict(), wanted_config(tmp_path / "original", "tiny"))
+    weights = {name for name in state if "inv_freq" not in name}
+    assert weights == {name for name in back if "inv_freq" not in name}
+    assert all(torch.equal(back[name], state[name]) for name in weights)
+    with pytest.raises(ValueError, match=r"no place .* for extra\.weight"):
+        original_layout(
+            {**model.state_dict(), "extra.weight": torch.zeros(1)}, wanted_config(tmp_path / "original", "x")
+        )
+
+
+def test_a_run_that_was_not_converted_has_no_original_layout(tmp_path: Path) -> None:
+    recipe = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
+    plan = Job(None, recipe, tmp_path).plan("hardware=1xcpu")  # type: ignore[arg-type]
+    (tmp_path / "plan.json").write_text(plan.model_dump_json(by_alias=True))
+    with pytest.raises(UsageError, match="was not converted"):
+        require_way_back(RunDir(tmp_path))
