@@ -24,7 +24,7 @@ from typing import Any
 
 from launcher.errors import LaunchError, PreflightError
 from launcher.plan import Plan
-from launcher.rundir import RunDir, read_json
+from launcher.rundir import RunDir, read_json, write_json
 from launcher.worker.data.rows import data_files, named
 from launcher.worker.prepared import DataReport, Prepared, write_prepared
 from launcher.worker.pulse import die_with_parent
@@ -260,13 +260,26 @@ def _hash_files(files: Sequence[Path]) -> str:
 
 
 def _hash_model(folder: Path) -> str:
-    """Checksum over all that a conversion reads. A file of the hub's cache is called by its own checksum already."""
+    """Checksum over all that a conversion reads.
+
+    A file of the hub's cache is called by its own checksum. Others are read once: 12 GiB are half a minute of every start,
+    so what was found is kept for as long as size, time and inode stay.
+    """
+    kept_in = cache_folder() / "checksums.json"
+    kept: dict[str, Any] = read_json(kept_in) or {}
+    num_kept = len(kept)
     patterns = (*_WEIGHT_PATTERNS, "*.bin", "*.bin.index.json", "*config.json", *_TOKENIZER_FILES, "*.tiktoken")
     digest = hashlib.sha256()
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
-        blob = path.resolve().name
-        checksum = blob if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob) else _hash_files([path])
+        file, stat = path.resolve(), path.stat()
+        checksum = file.name
+        if not (path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", checksum)):
+            stamp = f"{file} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
+            checksum = kept[stamp] = kept.get(stamp) or _hash_files([file])
         digest.update(f"{path.name}\0{checksum}\0".encode())
+    if len(kept) > num_kept:
+        kept_in.parent.mkdir(parents=True, exist_ok=True)
+        write_json(kept_in, kept)
     return digest.hexdigest()
 
 

@@ -21,6 +21,7 @@ from launcher import supervise
 from launcher.errors import PreflightError, UsageError
 from launcher.rundir import RunDir
 from launcher.worker.convert import convert_model, wanted_config
+from launcher.worker.data.tokens import Prompter
 from launcher.worker.native_tokenizer import convert_tokenizer, from_sentencepiece, texts
 from launcher.worker.original import original_layout, require_way_back
 from launcher.worker.prepared import read_prepared
@@ -189,6 +190,24 @@ def test_chatglms_tokens_are_those_of_sentencepiece(source: str, sentences: Path
     assert tokenizer.decode([first + 1, first + 3, *plain.encode("你好"), 2], skip_special_tokens=True) == "你好"
     ends = json.loads((tmp_path / "native" / "generation_config.json").read_text())["eos_token_id"]
     assert ends == ([2] if source == "chatglm2" else [2, first + 6, first + 8])
+
+
+def test_chatglm3s_prompt_is_made_of_pieces_and_role_tokens(sentences: Path, tmp_path: Path) -> None:
+    """As build_single_message of its own code: token, sentencepiece of the line break, sentencepiece of the content."""
+    from sentencepiece import SentencePieceProcessor
+
+    encode = SentencePieceProcessor(model_file=str(sentences / "tokenizer.model")).encode
+    tokenizer = native_tokenizer(sentences, "chatglm3", tmp_path / "native")
+    user, assistant, start = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>", "[gMASK]"])
+    prompter = Prompter(tokenizer, "chatglm3")
+    asked = {"role": "user", "content": "你好 <|user|>"}
+    prompt = [start, start + 2, user, *encode("\n"), *encode("你好 <|user|>"), assistant, *encode("\n")]
+    assert prompter.prompt([asked]) == prompt
+    answered = prompter.tokens([asked, {"role": "assistant", "content": "世界"}], 128)
+    assert answered.input_ids == [*prompt, *encode("世界"), 2]
+    assert answered.labels == [-100] * len(prompt) + [*encode("世界"), 2]
+    cut = prompter.tokens([{"role": "user", "content": "你好 " * 50}, {"role": "assistant", "content": "世界"}], 40)
+    assert (cut.input_ids[:3], cut.input_ids[-len(encode("世界")) - 1 :]) == (prompt[:3], [*encode("世界"), 2])
 
 
 def test_text_never_becomes_a_control_or_byte_piece(sentences: Path) -> None:
