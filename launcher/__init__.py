@@ -6,6 +6,7 @@
     recipe/      YAML -> checked, frozen Recipe
     cluster      hardware -> nodes and devices                    (gpus.yaml)
     families     model families and prompt templates              (families.yaml)
+    native       config of a model with its own code -> that of the transformers class that computes the same
     modelshape/  config.json and tensor headers -> parameters     (catalogue.yaml)
     memory       bytes of a device, in parts
     plan/        (Recipe, Cluster, ModelShape) -> Plan

@@ -185,6 +185,11 @@ def _shard_size(_: click.Context, __: click.Parameter, value: str | None) -> str
     help="Largest safetensors file, such as 500MB; default as in the recipe.",
 )
 @click.option("--step", help="Which checkpoint: a step, `best` or `latest`.")
+@click.option(
+    "--layout",
+    type=click.Choice(["native", "original"]),
+    help="original: a converted ChatGLM2 or 3 as its authors published it, with their .py files; default native.",
+)
 def export(run_dir: str, **options: Any) -> None:
     """Merge the adapter into the model and write a folder that loads on its own."""
     _worker("export", run_dir, options)

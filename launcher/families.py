@@ -56,15 +56,20 @@ class Family(BaseModel):
         return self.no_bf16 is None
 
 
+class Special(str):
+    """A piece of a prompt that is one special token, named; text that happens to read the same is only text."""
+
+
 class Template(BaseModel):
     """A prompt template, made of pieces with {content}, {input} and {round} in them.
 
     `input` is added after a user message that has an `input`. `assistant` opens an answer, `separator` follows an
     answer that is not the last. `single` and `single_assistant` replace `user` and `assistant` in a conversation of one
     round. `supervise: last` learns the last answer only: earlier ones are history, without an end token, as the
-    family's own chat code writes them. `prefix_tokens` are special tokens before the first text (empty: the
-    tokenizer's own bos, if it has one), `answer_tokens` those before a supervised segment. A special token is looked up
-    by name, never found in text.
+    family's own chat code writes them. With `roles` a message is the special token of its role, the piece for its role
+    with {content} left out, and its content, each encoded by itself as the family's own code does. `prefix_tokens` are
+    special tokens before the first text (empty: the tokenizer's own bos, if it has one), `answer_tokens` those before a
+    supervised segment. A special token is looked up by name, never found in text.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -79,6 +84,7 @@ class Template(BaseModel):
     single_assistant: str | None = None
     first_round: int = 1
     supervise: Literal["all", "last"] = "all"
+    roles: dict[str, str] = {}
     prefix_tokens: tuple[str, ...] = ()
     answer_tokens: tuple[str, ...] = ()
 
@@ -96,6 +102,8 @@ class Template(BaseModel):
         """
         if not messages:
             raise ValueError("a conversation without messages")
+        if self.roles:
+            return self._by_roles(messages)
         single = sum(message["role"] == "user" for message in messages) == 1
         opening = self.single_assistant if single and self.single_assistant is not None else self.assistant
         segments: list[tuple[str, bool]] = []
@@ -118,6 +126,23 @@ class Template(BaseModel):
             prompt += opening
         if prompt:
             segments.append((prompt, False))
+        return [(text, learned) for text, learned in segments if text or learned]
+
+    def _by_roles(self, messages: Sequence[Mapping[str, str]]) -> list[tuple[str, bool]]:
+        """The pieces of a conversation whose messages begin with a special token."""
+        openings = {"system": self.system, "user": self.user, "assistant": self.assistant}
+        segments: list[tuple[str, bool]] = []
+        last = len(messages) - 1
+        for position, message in enumerate(messages):
+            role = message["role"]
+            if role not in self.roles:
+                raise ValueError(f"a message of the role {role!r}; known: {', '.join(_ROLES)}")
+            more = self.input.replace("{input}", message["input"]) if message.get("input") else ""
+            learned = role == "assistant" and (self.supervise == "all" or position == last)
+            segments += [(Special(self.roles[role]), False), (openings[role].replace("{content}", ""), False)]
+            segments.append((message["content"] + more, learned))
+        if messages[last]["role"] == "user":
+            segments += [(Special(self.roles["assistant"]), False), (self.assistant, False)]
         return [(text, learned) for text, learned in segments if text or learned]
 
     def _asked(self, message: Mapping[str, str], single: bool, round_: int) -> str:

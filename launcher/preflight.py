@@ -24,7 +24,7 @@ from launcher.plan import Plan
 GIB = 2**30
 _RUNS = ("single", "ddp")
 _WEIGHTS = ("*.safetensors", "*.bin")
-_TOKENIZERS = ("tokenizer*", "*.model", "vocab*")
+_TOKENIZERS = ("tokenizer*", "*.model", "vocab*", "*.tiktoken")
 _PACKAGES = (
     "torch",
     "transformers",
@@ -115,7 +115,7 @@ def _strategy(plan: Plan) -> Iterator[Finding]:
         yield Finding(
             "error",
             f"model.path: {plan.shape.name}",
-            "its code is not part of transformers and comes with the weights",
+            "; ".join(["its code is not part of transformers and comes with the weights", *plan.shape.not_native]),
             "if you trust that code: model.trust_remote_code=true",
         )
 

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from launcher.errors import UsageError
-from launcher.families import Family, family, family_names, family_of, template, template_names
+from launcher.families import Family, Special, family, family_names, family_of, template, template_names
 
 ASK = {"role": "user", "content": "Add."}
 ASK_INPUT = {"role": "user", "content": "Add.", "input": "1 and 2"}
@@ -120,9 +120,23 @@ def test_braces_in_a_persons_text_stay():
 
 @pytest.mark.parametrize("name", template_names())
 def test_the_prompt_for_generation_begins_the_training_text(name):
-    prompt = "".join(text for text, _ in template(name).segments([SYSTEM, ASK_INPUT]))
-    segments = template(name).segments([SYSTEM, ASK_INPUT, ANSWER])
-    assert segments == [(prompt, False), ("3", True)]
+    prompt = template(name).segments([SYSTEM, ASK_INPUT])
+    assert template(name).segments([SYSTEM, ASK_INPUT, ANSWER]) == [*prompt, ("3", True)]
+    assert not any(learned for _, learned in prompt)
+
+
+def test_chatglm3_begins_a_message_with_the_token_of_its_role():
+    # Each piece is encoded by itself, as build_single_message of the model's own code does; earlier answers are history.
+    segments = template("chatglm3").segments([SYSTEM, ASK, ANSWER, ASK_INPUT, ANSWER])
+    assert segments == [
+        *[(text, False) for text in ("<|system|>", "\n", "Be brief.", "<|user|>", "\n", "Add.")],
+        *[(text, False) for text in ("<|assistant|>", "\n", "3", "<|user|>", "\n", "Add.\n1 and 2")],
+        *[("<|assistant|>", False), ("\n", False), ("3", True)],
+    ]
+    special = [isinstance(text, Special) for text, _ in segments]
+    assert special == [True, False, False] * 5
+    written_out = template("chatglm3").segments([{"role": "user", "content": "<|user|>"}])
+    assert [isinstance(text, Special) for text, _ in written_out] == [True, False, False, True, False]
 
 
 def test_a_strange_conversation_is_refused():
@@ -130,6 +144,8 @@ def test_a_strange_conversation_is_refused():
         template("plain").segments([])
     with pytest.raises(ValueError, match="'tool'"):
         template("plain").segments([{"role": "tool", "content": "x"}])
+    with pytest.raises(ValueError, match="'tool'"):
+        template("chatglm3").segments([{"role": "tool", "content": "x"}])
 
 
 def test_an_unknown_template_names_the_nearest():

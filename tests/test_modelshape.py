@@ -132,8 +132,8 @@ PUBLIC = {
         "chatglm",
         True,
     ),  # 6,173,286,400 if the head were tied, as it was on transformers 4
-    "THUDM/chatglm2-6b": (6_243_584_000, "chatglm2", True),
-    "THUDM/chatglm3-6b": (6_243_584_000, "chatglm3", True),
+    "THUDM/chatglm2-6b": (6_243_584_000, "glm", False),
+    "THUDM/chatglm3-6b": (6_243_584_000, "glm", False),
     "meta-llama/Llama-2-7b-hf": (6_738_415_616, "llama", False),
     "meta-llama/Llama-3.1-8B": (8_030_261_248, "llama", False),
     "Qwen/Qwen2.5-0.5B": (494_032_768, "qwen2", False),
@@ -158,13 +158,18 @@ def test_the_catalogue_holds_the_public_sizes(empty_hub):
     assert shapes["THUDM/chatglm2-6b"].source == "the shipped catalogue"
 
 
+def chatglm2_with_its_own_code() -> ModelShape:
+    config = read_config("THUDM/chatglm2-6b")
+    assert config is not None
+    return shape_of_config(config, "chatglm2", "test")
+
+
 def test_adalora_on_chatglm2_trains_what_the_seed_counted(empty_hub):
-    shape = shape_of(Model(path="THUDM/chatglm2-6b"), HERE)
-    assert trainable_parameters(shape, Adapter(type="adalora", r=8)) == 2_924_880
+    assert trainable_parameters(chatglm2_with_its_own_code(), Adapter(type="adalora", r=8)) == 2_924_880
 
 
 def test_names_that_match_nothing(empty_hub):
-    shape = shape_of(Model(path="THUDM/chatglm2-6b"), HERE)
+    shape = chatglm2_with_its_own_code()
     assert unmatched_targets(shape, ("query", "query_key_value", "value", "mlp.dense_4h_to_h")) == ["query", "value"]
     assert unmatched_targets(shape, "auto") == []
     assert module_names(shape)[:2] == ["query_key_value", "dense"]
@@ -313,4 +318,4 @@ def test_the_hub_cache_is_read_and_comes_before_the_catalogue(empty_hub):
     refs.mkdir()
     (refs / "main").write_text("abc")
     shape = shape_of(Model(path="THUDM/chatglm3-6b"), HERE)
-    assert (shape.num_layers, shape.family, shape.source) == (1, "chatglm3", str(snapshot))
+    assert (shape.num_layers, shape.family, shape.prompts, shape.source) == (1, "glm", "chatglm3", str(snapshot))

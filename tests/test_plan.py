@@ -129,7 +129,7 @@ def test_ddp_on_unlike_cards_is_planned_for_the_smaller_one() -> None:
         ("2xcpu", SMALL, "fp32", "a CPU computes it fastest"),
         (["A800-80GB", "V100-32GB"], SMALL, "fp16", "V100-32GB has no bf16"),
         ("A800-80GB", "THUDM/chatglm-6b", "fp16", f"not bf16: {family('chatglm').no_bf16}"),
-        ("A800-80GB", "THUDM/chatglm2-6b", "fp16", f"not bf16: {family('chatglm2').no_bf16}"),
+        ("A800-80GB", "THUDM/chatglm2-6b", "bf16", "every card has it and it needs no loss scaling"),
         ("A800-80GB", "THUDM/chatglm3-6b", "bf16", "every card has it and it needs no loss scaling"),
     ],
 )
@@ -151,9 +151,9 @@ def test_dtype_follows_device_and_model(hardware: str | list[str], path: str, dt
         ),
         (
             "A800-80GB",
-            "THUDM/chatglm2-6b",
+            "THUDM/chatglm-6b",
             "bf16",
-            f"not with chatglm2: {family('chatglm2').no_bf16}. Set model.dtype=fp16",
+            f"not with chatglm: {family('chatglm').no_bf16}. Set model.dtype=fp16",
         ),
     ],
 )
@@ -294,9 +294,9 @@ def test_batching_is_bucketed_unless_asked_otherwise() -> None:
 
 def test_targets_that_match_nothing_are_named_with_those_there_are() -> None:
     model = {"path": "THUDM/chatglm2-6b"}
-    assert refused("A800-80GB", model=model, adapter={"targets": ["query", "value"]}) == {
-        "adapter.targets": "query, value match nothing in THUDM/chatglm2-6b. "
-        "It has: query_key_value, dense, dense_h_to_4h, dense_4h_to_h"
+    assert refused("A800-80GB", model=model, adapter={"targets": ["query_key_value", "q_proj"]}) == {
+        "adapter.targets": "query_key_value match nothing in THUDM/chatglm2-6b as GlmForCausalLM. "
+        "It has: q_proj, k_proj, v_proj, o_proj, gate_up_proj, down_proj"
     }
 
 
@@ -337,7 +337,7 @@ def test_a_template_that_is_not_there_is_named_with_those_there_are() -> None:
 def test_all_problems_come_at_once() -> None:
     problems = refused(
         "V100-32GB",
-        model={"path": "THUDM/chatglm2-6b", "dtype": "bf16"},
+        model={"path": "THUDM/chatglm-6b", "dtype": "bf16"},
         data={"batching": "packed", "template": "none"},
         adapter={"targets": ["query"]},
         train={"global_batch": 6, "micro_batch": 4},

@@ -24,6 +24,7 @@ from launcher.modelshape.files import (
     read_tensors,
 )
 from launcher.modelshape.layouts import MissingKeyError, dims_of, layout_of
+from launcher.native import Native, Refusal, native_config
 from launcher.recipe.schema import Adapter, Model
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "shape_of",
     "shape_of_config",
     "trainable_parameters",
+    "trains_head",
     "unmatched_saved",
     "unmatched_targets",
 ]
@@ -50,7 +52,8 @@ class ModelShape(BaseModel):
     module of one layer that has parameters of its own -> their number. `outer`: the same beside the layers, by full
     name. `head_parameters` is 0 when the head is the embedding. `mlp_tensors`: values as wide as the MLP that its
     activation keeps for the backward pass (see `layouts.Layout`). `rms_norm`: RMSNorm, else LayerNorm. `source` says
-    where all this was read.
+    where all this was read. `native`: the model is converted, and all this is that of the native class; `not_native`:
+    why a model with code of its own is not.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -78,6 +81,13 @@ class ModelShape(BaseModel):
     rms_norm: bool
     remote_code: bool
     source: str
+    native: Native | None = None
+    not_native: tuple[str, ...] = ()
+
+    @property
+    def prompts(self) -> str:
+        """The family whose prompts the model knows: the original one of a converted model."""
+        return self.native.source if self.native else self.family
 
 
 def shape_of(model: Model, base_dir: Path) -> ModelShape:
@@ -93,19 +103,31 @@ def shape_of(model: Model, base_dir: Path) -> ModelShape:
         raise UsageError("model: {}", "neither path nor config is set", "write `model: {path: org/name}`")
     folder = local_folder(model.path, base_dir)
     if folder is not None:
-        return _with_tensors(shape_of_config(config_of_folder(folder), model.path, f"{folder}"), folder, complete=True)
+        return _with_tensors(
+            _native_shape(config_of_folder(folder, model.path), model.path, f"{folder}"), folder, complete=True
+        )
     snapshot = cached_snapshot(model.path, model.revision)
     if snapshot is not None:
-        config = {"_name_or_path": model.path, **config_of_folder(snapshot)}
-        return _with_tensors(shape_of_config(config, model.path, f"{snapshot}"), snapshot, complete=False)
+        config = config_of_folder(snapshot, model.path)
+        return _with_tensors(_native_shape(config, model.path, f"{snapshot}"), snapshot, complete=False)
     shipped = catalogue_config(model.path)
     if shipped is not None:
-        return shape_of_config(shipped, model.path, "the shipped catalogue")
+        return _native_shape(shipped, model.path, "the shipped catalogue")
     raise UsageError(
         f"model.path: {model.path}",
         "it is no folder, not in the hub cache of this machine and not in the shipped catalogue",
         "type `launch prepare RECIPE` to fetch it, or give a folder that holds its config.json",
     )
+
+
+def _native_shape(config: Mapping[str, Any], name: str, source: str) -> ModelShape:
+    """The shape of the native class where the model is converted to one, else that of its own code."""
+    found = native_config(config)
+    if found is None:
+        return shape_of_config(config, name, source)
+    if isinstance(found, Refusal):
+        return shape_of_config(config, name, source).model_copy(update={"not_native": found.reasons})
+    return shape_of_config(found.config, name, source).model_copy(update={"native": found.native})
 
 
 def shape_of_config(config: Mapping[str, Any], name: str, source: str) -> ModelShape:
@@ -188,6 +210,14 @@ def trainable_parameters(shape: ModelShape, adapter: Adapter) -> int:
         total += rank * (in_features + out_features)
         total += {"dora": out_features, "adalora": rank}.get(adapter.type, 0)
     return total
+
+
+def trains_head(shape: ModelShape, adapter: Adapter) -> bool:
+    """Whether an adapter changes the head: in full, as a module to save, or as one of its targets."""
+    head = family(shape.family).head
+    if adapter.type == "full" or head in _saved_modules(shape, adapter.modules_to_save):
+        return True
+    return head in adapted_modules(shape, adapter.targets)
 
 
 def adapted_modules(shape: ModelShape, targets: str | Sequence[str]) -> dict[str, tuple[int, int]]:

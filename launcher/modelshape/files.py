@@ -85,8 +85,11 @@ def read_config(path_or_id: str, revision: str | None = None, base_dir: Path = P
     return catalogue_config(path_or_id) if folder is None else config_of_folder(folder)
 
 
-def config_of_folder(folder: Path) -> dict[str, Any]:
+def config_of_folder(folder: Path, name: str | None = None) -> dict[str, Any]:
     """config.json of a folder.
+
+    Args:
+        name: what the recipe calls the model, for a file that does not say itself what it is a copy of.
 
     Raises:
         PreflightError: it is not there, or not a JSON object.
@@ -106,7 +109,7 @@ def config_of_folder(folder: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(config, dict):
         raise PreflightError(f"model.path: {folder}", f"{file} holds no JSON object", "write config.json again")
-    return config
+    return config if name is None else {"_name_or_path": Path(name).name, **config}
 
 
 def read_tensors(folder: Path, complete: bool = True) -> dict[str, tuple[tuple[int, ...], int]]:

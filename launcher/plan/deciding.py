@@ -7,7 +7,14 @@ from launcher.cluster import Cluster
 from launcher.errors import Problem, RecipeError
 from launcher.families import family, template_names
 from launcher.memory import Memory, MemoryRequest, estimate
-from launcher.modelshape import ModelShape, module_names, trainable_parameters, unmatched_saved, unmatched_targets
+from launcher.modelshape import (
+    ModelShape,
+    module_names,
+    trainable_parameters,
+    trains_head,
+    unmatched_saved,
+    unmatched_targets,
+)
 from launcher.plan.model import Batching, Decision, Dtype, Plan, Targets, budget_bytes
 from launcher.recipe import Recipe
 
@@ -40,6 +47,7 @@ class Deciding:
         recipe = self.recipe
         self._check_template()
         self._check_quantization()
+        self._native()
         self.strategy, self.num_processes = self._strategy()
         # A device map is one model however many processes it takes; every other strategy feeds each process its own rows.
         self.num_replicas = 1 if self.strategy == "device_map" else self.num_processes
@@ -84,6 +92,25 @@ class Deciding:
         if self.recipe.data.template not in names:
             found = f"there is no template {self.recipe.data.template!r}. There are: {', '.join(names)}"
             self._problem("data.template", found)
+
+    def _native(self) -> None:
+        """Which class computes the model, where it is not its own; what that class would compute differently."""
+        native, recipe = self.shape.native, self.recipe
+        if self.shape.not_native:
+            self._decide("model.native", "no", "; ".join(self.shape.not_native))
+        if native is None:
+            return
+        because = "it computes the same, and no code of the model is executed"
+        self._decide("model.native", f"{native.source} → {native.target}", because)
+        if native.fixed_head and trains_head(self.shape, recipe.adapter):
+            key = "adapter.type" if recipe.adapter.type == "full" else "adapter.modules_to_save"
+            if recipe.adapter.type != "full" and not recipe.adapter.modules_to_save:
+                key = "adapter.targets"
+            found = f"the head of {self.shape.name} cannot be trained in {native.target}: {native.fixed_head}"
+            self._problem(key, f"{found}. Set adapter.type=lora, and leave the head out")
+        if native.exact_length is not None and recipe.data.max_length > native.exact_length:
+            found = f"{self.shape.name} computes more than {native.exact_length} tokens unlike {native.target}"
+            self._problem("data.max_length", f"{found}. Set data.max_length={native.exact_length}")
 
     def _strategy(self) -> tuple[str, int]:
         """The strategy and how many processes it starts."""
@@ -163,7 +190,8 @@ class Deciding:
         missing = unmatched_targets(self.shape, adapter.targets)
         if missing:
             has = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in self.shape.linears))
-            self._problem("adapter.targets", f"{', '.join(missing)} match nothing in {self.shape.name}. It has: {has}")
+            name = f"{self.shape.name}{f' as {self.shape.native.target}' if self.shape.native else ''}"
+            self._problem("adapter.targets", f"{', '.join(missing)} match nothing in {name}. It has: {has}")
         return tuple(adapter.targets)
 
     def _batching(self) -> Batching:

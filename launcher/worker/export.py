@@ -19,6 +19,14 @@ import torch
 from launcher.errors import PreflightError
 from launcher.rundir import RunDir
 from launcher.worker.loading import Trained, load_trained
+from launcher.worker.original import (
+    converted_again,
+    is_original,
+    merged,
+    require_way_back,
+    shared_and_counted,
+    write_original,
+)
 from launcher.worker.pulse import die_with_parent
 from launcher.worker.quiet import quiet_libraries
 
@@ -48,6 +56,8 @@ def export(run: RunDir, options: Any) -> None:
     if out.exists():
         raise PreflightError(f"export folder {out}", "is there already", "remove it, or name another one: --out DIR")
     staging = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    if options.layout == "original":
+        require_way_back(run)
     trained = load_trained(run, options.step, quantized=False)
     print(f"export       {trained.plan.name}, {trained.checkpoint.name}")
     try:
@@ -56,7 +66,8 @@ def export(run: RunDir, options: Any) -> None:
         torch.save(_logits(trained.model, _probe_ids(trained)), probe)
         try:
             size = options.max_shard_size or trained.plan.recipe.checkpoint.max_shard_size
-            num_bytes = _write(trained, staging, size)
+            write = write_original if options.layout == "original" else _write
+            num_bytes = write(trained, staging, size)
             _verify_in_fresh_process(staging, probe, trained)
         finally:
             probe.unlink()
@@ -74,16 +85,12 @@ def export(run: RunDir, options: Any) -> None:
 
 def _write(trained: Trained, folder: Path, max_shard_size: str) -> int:
     """Merged weights in shards, config, generation config and tokenizer; the bytes written."""
-    model = trained.model.merge_and_unload() if trained.plan.recipe.adapter.type != "full" else trained.model
+    model = merged(trained)
     model.generation_config.eos_token_id = list(trained.prepared.eos_token_ids)
     model.generation_config.pad_token_id = trained.prepared.pad_token_id
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     trained.tokenizer.save_pretrained(folder)
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in folder.iterdir():
-        path.chmod(0o666 & ~umask)
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return shared_and_counted(folder)
 
 
 def _verify_in_fresh_process(folder: Path, probe: Path, trained: Trained) -> None:
@@ -107,6 +114,10 @@ def verify(folder: Path, probe: Path) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     kept = torch.load(probe, weights_only=True)
+    if is_original(folder):
+        # Its own code is not run here: what is compared is what the next `launch` would make of it.
+        with converted_again(folder) as native:
+            return verify(native, probe)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", local_files_only=True, trust_remote_code="--trust-remote-code" in sys.argv
     )
@@ -140,6 +151,7 @@ def _options(argv: list[str]) -> Any:
     parser.add_argument("--out")
     parser.add_argument("--max-shard-size")
     parser.add_argument("--step")
+    parser.add_argument("--layout", choices=("native", "original"), default="native")
     parser.add_argument("--verify")
     parser.add_argument("--trust-remote-code", action="store_true")
     return parser.parse_args(argv)

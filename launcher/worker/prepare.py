@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -31,6 +32,7 @@ from launcher.worker.pulse import die_with_parent
 
 # Part of every key: raise it when the same input no longer gives the same folder.
 _FORMAT = 1
+_FORMAT_NATIVE = 1  # the same for converted models alone
 _TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -83,7 +85,7 @@ def prepare(plan: Plan) -> Prepared:
         DataError: rows that cannot be read.
         PreflightError: a model that is not there.
     """
-    recipe, cached = plan.recipe, []
+    recipe, cached, source_dir = plan.recipe, [], None
     files = data_files(recipe.data.path)
     eval_path = recipe.data.eval.path if recipe.data.eval else None
     with named("data.eval.path"):
@@ -97,12 +99,15 @@ def prepare(plan: Plan) -> Prepared:
         model_key = _key("model", recipe.model.config, recipe.train.seed, tokenizer_key)
         model_dir = _made("model", model_key, cached, lambda into: _make_model(plan, tokenizer_dir, into))
     else:
-        model_dir = tokenizer_dir = _existing_model(plan)
+        model_dir = tokenizer_dir = source_dir = _existing_model(plan)
+        if plan.shape.native is not None:
+            key = _key("native", _FORMAT_NATIVE, plan.shape.native.model_dump(), _hash_model(source_dir))
+            model_dir = tokenizer_dir = _made("native", key, cached, lambda into: _convert(plan, source_dir, into))
         found = sorted({path for pattern in _TOKENIZER_FILES for path in model_dir.glob(pattern)})
         tokenizer_key = _hash_files([path for path in found if path.is_file()])
 
     selection = recipe.data.model_dump(mode="json", exclude={"path", "batching"})
-    data_key = _key("data", data_hash, selection, recipe.train.seed, tokenizer_key, plan.shape.family)
+    data_key = _key("data", data_hash, selection, recipe.train.seed, tokenizer_key, plan.shape.prompts)
     data_dir = _made("data", data_key, cached, lambda into: _make_dataset(plan, tokenizer_dir, into))
     if plan.batching == "packed":
         tried_on = importlib.metadata.version("transformers"), importlib.metadata.version("torch")
@@ -114,6 +119,7 @@ def prepare(plan: Plan) -> Prepared:
         tokenizer_dir=str(tokenizer_dir),
         data_dir=str(data_dir),
         rows_key=_rows_key(plan, data_hash),
+        source_dir=str(source_dir) if plan.shape.native is not None else None,
         cached=tuple(cached),
         template=left["template"],
         pad_token_id=left["pad_token_id"],
@@ -133,6 +139,19 @@ def _make_model(plan: Plan, tokenizer_dir: Path, into: Path) -> None:
 
     _say(event="prepare", what="model", state="building from config")
     random_model(plan, tokenizer_dir, into)
+
+
+def _convert(plan: Plan, source_dir: Path, into: Path) -> None:
+    from launcher.worker.convert import convert_model
+    from launcher.worker.native_tokenizer import convert_tokenizer
+
+    def progress(done: int, total: int) -> None:
+        _say(event="prepare", what="native", state="converting", done=done, total=total)
+
+    assert plan.shape.native is not None
+    # The tokenizer first: it takes seconds, the weights minutes.
+    convert_tokenizer(source_dir, into, plan.shape.native, plan.shape.name)
+    convert_model(source_dir, into, plan.shape.name, progress)
 
 
 def _make_dataset(plan: Plan, tokenizer_dir: Path, into: Path) -> None:
@@ -265,6 +284,30 @@ def _hash_files(files: Sequence[Path]) -> str:
     for path in files:
         with path.open("rb") as file:
             digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\0".encode())
+    return digest.hexdigest()
+
+
+def _hash_model(folder: Path) -> str:
+    """Checksum over all that a conversion reads.
+
+    A file of the hub's cache is called by its own checksum. Others are read once: 12 GiB are half a minute of every start,
+    so what was found is kept for as long as size, time and inode stay.
+    """
+    kept_in = cache_folder() / "checksums.json"
+    kept: dict[str, Any] = read_json(kept_in) or {}
+    num_kept = len(kept)
+    patterns = (*_WEIGHT_PATTERNS, "*.bin", "*.bin.index.json", "*config.json", *_TOKENIZER_FILES, "*.tiktoken")
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
+        file, stat = path.resolve(), path.stat()
+        checksum = file.name
+        if not (path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", checksum)):
+            stamp = f"{file} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
+            checksum = kept[stamp] = kept.get(stamp) or _hash_files([file])
+        digest.update(f"{path.name}\0{checksum}\0".encode())
+    if len(kept) > num_kept:
+        kept_in.parent.mkdir(parents=True, exist_ok=True)
+        write_json(kept_in, kept)
     return digest.hexdigest()
 
 

@@ -42,6 +42,7 @@ class Prepared(BaseModel):
         model_dir, tokenizer_dir, data_dir: local folders; no rank looks anywhere else.
         template: `chat` or a name of families.yaml, never `auto`.
         rows_key: hash of which rows are trained on, in which order; a checkpoint is continued only on the same one.
+        source_dir: the folder in its original layout, of a model that was converted.
         cached: which of them were there already.
     """
 
@@ -55,6 +56,7 @@ class Prepared(BaseModel):
     eos_token_ids: tuple[int, ...]
     rows_key: str
     report: DataReport
+    source_dir: str | None = None
     cached: tuple[str, ...] = ()
 
 

@@ -14,6 +14,7 @@ from launcher.families import template_names
 from launcher.worker.data.tokens import IGNORED, Prompter, Tokens
 
 SPECIAL = ["<pad>", "<s>", "</s>", "[gMASK]", "sop", "<sop>"]
+SPECIAL += ["<|system|>", "<|user|>", "<|assistant|>"]
 TEXT = "### Instruction:\n### Input:\n### Response:\nInstruction: Input: Answer: Round the sum of is a question answer"
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}"
@@ -124,7 +125,7 @@ def test_the_model_is_asked_with_the_very_tokens_that_it_was_trained_on(tokenize
     assert answer == messages[-1]["content"] + ("</s>\n" if template == "chat" else "</s>")
 
 
-@pytest.mark.parametrize("template", ["alpaca", "chatglm3", "chat"])
+@pytest.mark.parametrize("template", ["alpaca", "chat"])
 def test_in_the_middle_of_a_conversation_too(tokenizer, template):
     prompter, messages = Prompter(tokenizer, template), CONVERSATIONS["three rounds"]
     tokens = prompter.tokens(messages, 1000)

@@ -163,7 +163,7 @@ def _template(plan: Plan, tokenizer: Any) -> str:
     if plan.recipe.data.format in ("context_target", "text"):
         return "plain" if asked == "auto" else asked
     if asked == "auto":
-        return "chat" if tokenizer.chat_template else family(plan.shape.family).template
+        return "chat" if tokenizer.chat_template else family(plan.shape.prompts).template
     if asked == "chat" and not tokenizer.chat_template:
         raise PreflightError(
             "data.template: chat", f"the tokenizer of {plan.shape.name} has no chat template", "set data.template=auto"

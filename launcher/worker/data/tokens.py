@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from launcher.errors import DataError
+from launcher.families import Special
 from launcher.families import template as named_template
 from launcher.worker.data.rows import Message
 
@@ -84,6 +85,8 @@ class Prompter:
         return ids, labels
 
     def _encode(self, text: str, supervised: bool) -> list[int]:
+        if isinstance(text, Special):
+            return self._ids_of((text,))
         # Only a chat template writes special tokens as text; elsewhere a literal "</s>" is what a person typed.
         plain = self.named is not None
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
