@@ -187,12 +187,11 @@ def _baichuan(source: _Source, native: Native) -> tuple[Native, dict[str, Any]]:
     if source.get("max_position_embeddings") is None or source.get("hidden_size") == 5120:
         source.reasons.append("the 13B counts positions by ALiBi, and transformers has no such class")
     values = _llama(source)
-    # The classes of the two are written differently.
-    named = [name for name in source.get("architectures", []) if name.lower() == "baichuanforcausallm"]
+    # The class of the first is written with a capital C.
     second = "z_loss_weight" in source.config or source.get("vocab_size") == 125696
-    if not named and not second:
+    if not second and "BaiChuanForCausalLM" not in source.get("architectures", []):
         source.reasons.append("nothing in its config (architectures, z_loss_weight) tells Baichuan from Baichuan2")
-    if not second and "BaiChuanForCausalLM" in named:
+    if not second:
         return native, values
     because = "its own head divides each row by its length at every step, the native one has it done once"
     return native.model_copy(update={"fixed_head": because}), values

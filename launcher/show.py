@@ -159,12 +159,14 @@ class RunScreen:
 
     def _prepare(self, event: dict[str, Any]) -> None:
         if event.get("total") and self.screen.is_terminal:
-            self.screen.print(f"{'':<{_LABEL}} tokenizing {event['done']:,} of {event['total']:,} rows", end="\r")
+            unit = "weight files" if event["what"] == "native" else "rows"
+            counted = f"{event['state']} {event['done']:,} of {event['total']:,} {unit}"
+            self.screen.print(f"{'':<{_LABEL}} {counted}", end="\r")
 
     def _prepared(self, event: dict[str, Any]) -> None:
         made = [
             f"{what} ✓ {'cached' if what in event['cached'] else 'made'}"
-            for what in ("tokenizer", "model", "data")
+            for what in ("tokenizer", "model", "native", "data")
             if self._has(what, event)
         ]
         report = event["report"]
@@ -184,6 +186,8 @@ class RunScreen:
         line(self.screen, "", f"{steps_per_epoch(self.plan, report['train_rows']):,} steps an epoch, {steps:,} in all")
 
     def _has(self, what: str, event: dict[str, Any]) -> bool:
+        if what == "native":
+            return self.plan.shape.native is not None
         return what == "data" or what in event["cached"] or self.plan.recipe.model.config is not None
 
     def _ready(self, event: dict[str, Any]) -> None:

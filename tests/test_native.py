@@ -113,6 +113,7 @@ def test_defaults_written_out_change_nothing(changed: dict[str, Any]) -> None:
     [
         ("baichuan2", {"max_position_embeddings": None}, "the 13B counts positions by ALiBi"),
         ("baichuan2", {"hidden_size": 5120}, "the 13B counts positions by ALiBi"),
+        ("baichuan", {"architectures": ["BaichuanForCausalLM"]}, "tells Baichuan from Baichuan2"),
         ("baichuan", {"architectures": []}, "tells Baichuan from Baichuan2"),
         ("internlm", {"num_key_value_heads": 2}, "as many key heads as query heads"),
         ("xverse", {"num_experts": 64}, "its config has num_experts"),
@@ -127,6 +128,30 @@ def test_defaults_written_out_change_nothing(changed: dict[str, Any]) -> None:
 )
 def test_the_others_are_refused_with_the_reason(kind: str, changed: dict[str, Any], reason: str) -> None:
     assert reason in reasons(kind, **changed)
+
+
+def test_a_config_as_it_was_published_is_known_to_the_last_key() -> None:
+    """InternLM-20B's and Baichuan2-7B's own config.json."""
+    common = {
+        "auto_map": {}, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "initializer_range": 0.02,
+        "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.33.1", "use_cache": True, "max_position_embeddings": 4096,
+    }  # fmt: skip
+    internlm = native_config({
+        **common, "architectures": ["InternLMForCausalLM"], "bias": False, "hidden_size": 5120,
+        "intermediate_size": 13824, "model_type": "internlm", "num_attention_heads": 40, "num_hidden_layers": 60,
+        "num_key_value_heads": 40, "pad_token_id": 2, "pretraining_tp": 1, "vocab_size": 103168,
+        "rotary": {"base": 10000, "type": "dynamic"},
+    })  # fmt: skip
+    assert isinstance(internlm, NativeConfig)
+    assert internlm.native.exact_length == 4096
+    baichuan2 = native_config({
+        **common, "_from_model_config": True, "architectures": ["BaichuanForCausalLM"], "hidden_size": 4096,
+        "intermediate_size": 11008, "model_max_length": 4096, "model_type": "baichuan", "num_attention_heads": 32,
+        "num_hidden_layers": 32, "pad_token_id": 0, "vocab_size": 125696, "z_loss_weight": 0,
+    })  # fmt: skip
+    assert isinstance(baichuan2, NativeConfig)
+    assert normalises_head(baichuan2.native)
 
 
 def test_what_has_no_native_class_says_so_and_what_needs_none_is_left_alone() -> None:

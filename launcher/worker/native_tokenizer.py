@@ -288,6 +288,7 @@ def _copied(folder: Path, into: Path) -> None:
     config = read_json(folder / "tokenizer_config.json") or {}
     kept = {key: value for key, value in config.items() if key != "auto_map"}
     write_json(into / "tokenizer_config.json", {**kept, "tokenizer_class": "PreTrainedTokenizerFast"})
+    _keep_generation(folder, into)
 
 
 def _require_same(folder: Path, encode: Callable[[str], list[int]], name: str) -> None:
@@ -317,5 +318,5 @@ def _unlike(name: str, found: str) -> PreflightError:
     return PreflightError(
         f"tokenizer of {name}",
         f"cannot be converted exactly: {found}",
-        "put a tokenizer.json beside its weights, or report this, please",
+        "check that its tokenizer files are those of the authors; if they are, report this, please",
     )

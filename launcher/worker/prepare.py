@@ -101,7 +101,7 @@ def prepare(plan: Plan) -> Prepared:
     else:
         model_dir = tokenizer_dir = source_dir = _existing_model(plan)
         if plan.shape.native is not None:
-            key = _key("native", _FORMAT_NATIVE, plan.shape.native.model_dump(), _hash_model(source_dir))
+            key = _key("native", _FORMAT_NATIVE, plan.shape.native.model_dump(), hash_model(source_dir))
             model_dir = tokenizer_dir = _made("native", key, cached, lambda into: _convert(plan, source_dir, into))
         found = sorted({path for pattern in _TOKENIZER_FILES for path in model_dir.glob(pattern)})
         tokenizer_key = _hash_files([path for path in found if path.is_file()])
@@ -287,7 +287,7 @@ def _hash_files(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _hash_model(folder: Path) -> str:
+def hash_model(folder: Path) -> str:
     """Checksum over all that a conversion reads.
 
     A file of the hub's cache is called by its own checksum. Others are read once: 12 GiB are half a minute of every start,

@@ -24,6 +24,7 @@ from launcher.worker.convert import convert_model, wanted_config
 from launcher.worker.data.tokens import Prompter
 from launcher.worker.native_tokenizer import convert_tokenizer, from_sentencepiece, texts
 from launcher.worker.original import original_layout, require_way_back
+from launcher.worker.prepare import hash_model
 from launcher.worker.prepared import read_prepared
 from tests.worker import originals
 from tests.worker.conftest import Job
@@ -149,6 +150,20 @@ def test_a_folder_whose_config_is_not_the_plans_is_refused(tmp_path: Path) -> No
     originals.write_model(tmp_path, "chatglm2", originals.random_state("chatglm2"), quantization_bit=4)
     with pytest.raises(PreflightError, match="quantization_bit is 4"):
         convert_model(tmp_path, tmp_path, "tiny", lambda done, total: None)
+
+
+def test_other_weights_are_another_model_in_the_cache(tmp_path: Path) -> None:
+    originals.write_model(tmp_path, "chatglm2", originals.random_state("chatglm2"))
+    first = hash_model(tmp_path)
+    assert hash_model(tmp_path) == first, "from what was kept"
+    shard = next(tmp_path.glob("*.safetensors"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert hash_model(tmp_path) != first
+    shard.write_bytes(content)
+    assert hash_model(tmp_path) == first
+    (tmp_path / "config.json").write_text("{}")
+    assert hash_model(tmp_path) != first
 
 
 # tokenizer
