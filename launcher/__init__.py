@@ -7,6 +7,7 @@
     cluster      hardware -> nodes and devices                    (gpus.yaml)
     families     model families and prompt templates              (families.yaml)
     modelshape/  config.json and tensor headers -> parameters     (catalogue.yaml)
+    remotecode/  the .py files of a model -> found, looked at, pinned, staged
     memory       bytes of a device, in parts
     plan/        (Recipe, Cluster, ModelShape) -> Plan
     command      Plan -> what each node starts

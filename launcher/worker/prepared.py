@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from launcher.errors import UsageError
+from launcher.remotecode import Staged
 from launcher.rundir import RunDir, read_json, write_json
 
 
@@ -42,6 +43,7 @@ class Prepared(BaseModel):
         model_dir, tokenizer_dir, data_dir: local folders; no rank looks anywhere else.
         template: `chat` or a name of families.yaml, never `auto`.
         rows_key: hash of which rows are trained on, in which order; a checkpoint is continued only on the same one.
+        code: the model's own code, staged in the run directory; None where it has none.
         cached: which of them were there already.
     """
 
@@ -55,6 +57,7 @@ class Prepared(BaseModel):
     eos_token_ids: tuple[int, ...]
     rows_key: str
     report: DataReport
+    code: Staged | None = None
     cached: tuple[str, ...] = ()
 
 
