@@ -52,10 +52,13 @@ class _Finder:
         if package != self.staged.package:
             return None
         base = Path(self.staged.folder, *parts)
-        for file, is_package in ((base / "__init__.py", True), (base.with_suffix(".py"), False)):
-            if file.relative_to(self.staged.folder).as_posix() in self.staged.table and (parts or is_package):
-                loader = _Loader(name, str(file), self.staged)
-                spec = ModuleSpec(name, loader, origin=str(file), is_package=is_package)
+        relative = "/".join(parts)
+        inside = f"{relative}/__init__.py" if parts else "__init__.py"
+        for file, is_package in ((inside, True), (f"{relative}.py", False)):
+            if file in self.staged.table:
+                path_of_file = Path(self.staged.folder, file)
+                loader = _Loader(name, str(path_of_file), self.staged)
+                spec = ModuleSpec(name, loader, origin=str(path_of_file), is_package=is_package)
                 spec.has_location = True
                 if is_package:
                     spec.submodule_search_locations = [str(base)]
