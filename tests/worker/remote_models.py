@@ -98,7 +98,8 @@ class TinyTokenizer(PreTrainedTokenizer):
         with open(vocab_file, encoding="utf-8") as file:
             self.names = file.read().split("\\n")
         self.numbers = {name: number for number, name in enumerate(self.names)}
-        super().__init__(pad_token="<pad>", eos_token="</s>", unk_token="<unk>", **kwargs)
+        names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+        super().__init__(**(names | kwargs))
 
     @property
     def vocab_size(self):
