@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
@@ -204,6 +205,24 @@ def test_code_that_cannot_be_loaded_ends_in_prepare(
     error = refused(remote(**{name: text}), tmp_path / "run")
     assert found in error.found
     assert to_type in error.to_type
+
+
+def test_the_race_benchmark_in_small() -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "remote_code_race.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--processes", "6", "--rounds", "2", "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
+    for variant in ("ours", "harder"):
+        assert (counts[variant]["processes"], counts[variant]["killed"] > 0) == (12, True)
+        assert (counts[variant]["failed"], counts[variant]["wrong"]) == (0, 0), counts[variant]
+    # transformers' own way runs what lies in the folder when a rank gets there.
+    assert counts["plain"]["wrong_late"] > 0
 
 
 def test_pickled_weights_are_read_as_tensors_only(remote: Callable[..., Job], tmp_path: Path) -> None:
