@@ -167,7 +167,7 @@ def be_a_rank(plan_path: Path) -> None:
     if plan.num_processes > 1:
         dist.init_process_group("gloo")
     rows = load_from_disk(f"{prepared.data_dir}/train")
-    base = load_model(plan, prepared.model_dir, torch.device("cpu"))
+    base = load_model(plan, prepared.model_dir, torch.device("cpu"), code=prepared.code)
     torch.manual_seed(plan.recipe.train.seed)
     base = with_adapter(base, plan, plan.recipe.train.max_steps or 0)
     seed, bucketed = plan.recipe.train.seed, plan.batching == "bucketed"

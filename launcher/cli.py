@@ -150,6 +150,20 @@ def prepare(recipe: str, overrides: tuple[str, ...], nproc: int | None) -> None:
 
 
 @cli.command()
+@recipe_argument
+@overrides_argument
+def trust(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Show what the model's own code does that deserves a look, and pin it in a lock file beside the recipe."""
+    from launcher.recipe import find_recipe, load_recipe
+    from launcher.remotecode import trust_code
+    from launcher.show import console, show_trust
+
+    path = find_recipe(recipe)
+    loaded = load_recipe(path, overrides)
+    show_trust(console(), trust_code(loaded.recipe.model, loaded.document.folder, path))
+
+
+@cli.command()
 @run_argument
 @click.option("--prompt", help="Answer this one question and stop.")
 @click.option("--system", help="A system prompt.")
@@ -247,12 +261,18 @@ def _plan(
     from launcher.modelshape import shape_of
     from launcher.plan import make_plan
     from launcher.recipe import find_recipe, load_recipe
+    from launcher.remotecode import planned_code
 
-    loaded = load_recipe(find_recipe(recipe), overrides)
+    path = find_recipe(recipe)
+    loaded = load_recipe(path, overrides)
     with loaded.locating():
         cluster = resolve_cluster(loaded.recipe.hardware, nproc)
         shape = shape_of(loaded.recipe.model, loaded.document.folder)
-        return loaded, make_plan(name or loaded.name, loaded.recipe, cluster, shape)
+        model, code = loaded.recipe.model, None
+        if shape.native is None:  # nothing of the code of a converted model is executed
+            model, code = planned_code(model, loaded.document.folder, path, shape.remote_code)
+        resolved = loaded.recipe.model_copy(update={"model": model})
+        return loaded, make_plan(name or loaded.name, resolved, cluster, shape, code)
 
 
 def _new_run_dir(loaded: LoadedRecipe) -> RunDir:
@@ -316,7 +336,12 @@ def _worker(module: str, run_dir: str, options: dict[str, Any]) -> NoReturn:
         if value is not None
         for text in (f"--{name.replace('_', '-')}", str(value))
     ]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_MODULES_CACHE": str(where.module_cache),
+    }
     argv = [sys.executable, "-m", "launcher.worker.foreground", module, str(where.path), *flags]
     with subprocess.Popen(argv, env=env) as process:
         while True:

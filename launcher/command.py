@@ -45,17 +45,23 @@ def node_commands(plan: Plan, run: RunDir) -> tuple[NodeCommand, ...]:
         argv: tuple[str, ...] = (sys.executable, "-m", "launcher.worker", str(run.plan))
     else:
         argv = (sys.executable, *_torchrun(plan, node.host), str(run.plan))
-    return (NodeCommand(host=node.host, argv=argv, env=worker_environment(plan), cwd=str(Path.cwd())),)
+    return (NodeCommand(host=node.host, argv=argv, env=_environment(plan, run), cwd=str(Path.cwd())),)
 
 
 def prepare_command(plan: Plan, run: RunDir) -> NodeCommand:
     """What prepares a node before any rank exists."""
-    env = worker_environment(plan) | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(_cores())}
+    env = _environment(plan, run) | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(_cores())}
     # Prepare is the one step that may download, and tokenising wants all cores; ranks may do neither.
     for name in ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM"):
         del env[name]
     argv = (sys.executable, "-m", "launcher.worker.prepare", str(run.plan))
     return NodeCommand(host=plan.cluster.nodes[0].host, argv=argv, env=env, cwd=str(Path.cwd()))
+
+
+def _environment(plan: Plan, run: RunDir) -> dict[str, str]:
+    """What the workers of a run get. transformers copies remote code to a cache of its own; here there is none to be had."""
+    sealed = {"HF_MODULES_CACHE": str(run.module_cache)} if plan.recipe.model.trust_remote_code else {}
+    return worker_environment(plan) | sealed
 
 
 def worker_environment(plan: Plan) -> dict[str, str]:

@@ -55,6 +55,7 @@ def check(plan: Plan, run_dir: Path) -> list[Finding]:
         *_devices(plan, found_on_this_machine()),
         *_data(plan),
         *_model(plan),
+        *_code(plan),
         *_packages(plan),
         *_disk(plan, run_dir),
         *_port(plan),
@@ -203,6 +204,21 @@ def _model(plan: Plan) -> Iterator[Finding]:
         )
     else:
         yield Finding("ok", f"model.path: {model.path}", "will be fetched from the hub by prepare")
+
+
+def _code(plan: Plan) -> Iterator[Finding]:
+    """Code that comes with the model; that it can be loaded was found out when it was planned."""
+    code = plan.code
+    if code is not None:
+        what, files = f"code of {plan.shape.name}", f"{len(code.files)} files, sha256 {code.sha256[:12]}…"
+        if code.pinned_by:
+            yield Finding("ok", what, f"{files}, pinned by {code.pinned_by}")
+        else:
+            yield Finding("warning", what, f"{files}; nothing pins it", "look at it and pin it: launch trust RECIPE")
+    elif plan.recipe.model.trust_remote_code and plan.shape.remote_code and plan.recipe.model.code_sha256 is None:
+        found = "is not here yet, so nobody can have looked at it"
+        to_type = "fetch it: launch prepare RECIPE; then look at it and pin it: launch trust RECIPE"
+        yield Finding("warning", f"code of {plan.shape.name}", found, to_type)
 
 
 def _packages(plan: Plan) -> Iterator[Finding]:

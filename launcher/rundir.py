@@ -7,6 +7,7 @@ events.jsonl       what happened, a line each    errors/          <rank>.json of
 heartbeat/         <rank>.json, pid and phase    tensorboard/     one writer
 checkpoints/       step-N/ with manifest.json    report.json      the end of the story
 export/            merged weights                run.lock         held while a launcher works here
+code/              <sha256>/: the model's own .py files, read-only
 """
 
 from __future__ import annotations
@@ -84,6 +85,15 @@ class RunDir:
     @property
     def export(self) -> Path:
         return self.path / "export"
+
+    @property
+    def code(self) -> Path:
+        return self.path / "code"
+
+    @property
+    def module_cache(self) -> Path:
+        """What transformers is told is its module cache: a folder that stays empty and read-only."""
+        return self.code / "no-module-cache"
 
     def rank_log(self, host: str, rank: int) -> Path:
         return self.logs / f"{host}-rank{rank}.log"

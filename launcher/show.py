@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from launcher.manifest import Verdict
 from launcher.plan import Plan, budget_bytes, steps_per_epoch, total_steps
 from launcher.preflight import Finding
+from launcher.remotecode import RemoteCode, Trusted
 from launcher.report import Failure, last_lines
 from launcher.supervise import Outcome
 
@@ -95,6 +96,37 @@ def show_plan(screen: Console, plan: Plan) -> None:
     for place, decision in enumerate(plan.decisions):
         line(screen, "why" if place == 0 else "", f"{decision.key} = {decision.value}: {decision.because}")
     line(screen, "model", f"shape from {_shown(plan.shape.source)}")
+    if plan.code is not None:
+        show_code(screen, plan.code)
+
+
+def show_code(screen: Console, code: RemoteCode) -> None:
+    """The model's own files that are executed, each with its checksum."""
+    pinned = f"pinned by {code.pinned_by}" if code.pinned_by else "nothing pins it: launch trust RECIPE"
+    line(screen, "code", f"comes with the model and is executed; sha256 {code.sha256}, {pinned}")
+    for file in code.files:
+        line(screen, "", f"{file.sha256}  {file.name}, {file.num_bytes:,} bytes")
+
+
+def show_trust(screen: Console, trusted: Trusted) -> None:
+    """What was pinned, what deserves a look in it, and what changed since it was pinned before."""
+    show_code(screen, trusted.code)
+    found = trusted.remarks
+    for place, remark in enumerate(found):
+        line(screen, "look at" if place == 0 else "", f"{remark.file}:{remark.line}  {remark.what}: {remark.why}")
+    if not found:
+        line(
+            screen,
+            "look at",
+            "nothing stands out: no exec, no programs, no network, no files written (by syntax; read it all the same)",
+        )
+    for place, text in enumerate(trusted.changes):
+        line(screen, "changed" if place == 0 else "", text)
+    line(screen, "lock", f"wrote {_shown(str(trusted.lock.resolve()))}; other code is refused from now on")
+    if not trusted.asked_for:
+        line(
+            screen, "", "the recipe does not allow it to be executed yet; if you trust it: model.trust_remote_code=true"
+        )
 
 
 def _memory_bar(plan: Plan) -> str:

@@ -12,6 +12,7 @@ from launcher.plan.deciding import Deciding
 from launcher.plan.model import Decision, Plan, budget_bytes, identity, lacking_bytes, steps_per_epoch, total_steps
 from launcher.plan.remedies import does_not_fit
 from launcher.recipe import Recipe
+from launcher.remotecode import RemoteCode
 
 __all__ = [
     "Decision",
@@ -25,8 +26,11 @@ __all__ = [
 ]
 
 
-def make_plan(name: str, recipe: Recipe, cluster: Cluster, shape: ModelShape) -> Plan:
+def make_plan(name: str, recipe: Recipe, cluster: Cluster, shape: ModelShape, code: RemoteCode | None = None) -> Plan:
     """Decide everything.
+
+    Args:
+        code: the model's own code, where the recipe trusts it and it is here.
 
     Raises:
         RecipeError: the recipe asks for what this model or these devices cannot do.
@@ -35,4 +39,4 @@ def make_plan(name: str, recipe: Recipe, cluster: Cluster, shape: ModelShape) ->
     plan = Deciding(recipe, cluster, shape).plan(name)
     if lacking_bytes(plan) > 0:
         raise does_not_fit(plan)
-    return plan
+    return plan.model_copy(update={"code": code})

@@ -10,6 +10,7 @@ from launcher.cluster import Cluster
 from launcher.memory import Memory
 from launcher.modelshape import ModelShape
 from launcher.recipe import Recipe
+from launcher.remotecode import RemoteCode
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 Batching = Literal["padded", "bucketed", "packed"]
@@ -34,6 +35,7 @@ class Plan(BaseModel):
         targets: module names that get an adapter; `all-linear`; or empty for full training.
         micro_batch, accumulation, global_batch: rows; global = num_processes × micro × accumulation.
         memory: bytes of one device, the fullest.
+        code: the model's own .py files that are executed; None for none, and where they have not been fetched yet.
         resume_from: checkpoint folder below the run directory, None for a fresh start.
     """
 
@@ -58,6 +60,7 @@ class Plan(BaseModel):
     batching: Batching
     memory: Memory
     decisions: tuple[Decision, ...]
+    code: RemoteCode | None = None
     resume_from: str | None = None
 
     @property
@@ -89,6 +92,7 @@ def identity(plan: Plan) -> dict[str, Any]:
         "train.optimizer": recipe.train.optimizer,
         "train.seed": recipe.train.seed,
         "train.global_batch": recipe.train.global_batch,
+        **({"model.code_sha256": plan.code.sha256} if plan.code is not None else {}),
     }
 
 

@@ -34,6 +34,10 @@ def _model(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("model.path", "is empty. Give a hub id or a folder")
     if model.config is not None and "model_type" not in model.config:
         yield Problem("model.config", "has no model_type. Add it, e.g. model_type: llama")
+    if model.code_sha256 is not None and not model.trust_remote_code:
+        yield Problem(
+            "model.code_sha256", "pins code that is not executed. Set model.trust_remote_code=true, or remove it"
+        )
     if model.quantization != "none" and recipe.adapter.type == "full":
         yield Problem(
             "adapter.type",

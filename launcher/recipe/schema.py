@@ -51,6 +51,11 @@ class Model(Section):
         "none", description="How the frozen base is stored under an adapter: as it is, in 8 bits, or in 4 bits (QLoRA)."
     )
     trust_remote_code: bool = Field(False, description="Allow the model's own .py files to be executed.")
+    code_sha256: str | None = Field(
+        None,
+        pattern=r"^[0-9a-f]{64}$",
+        description="The digest that the model's own .py files must have; `launch trust` prints it, or pins it in a lock file.",
+    )
 
 
 class Eval(Section):

@@ -67,7 +67,7 @@ def train(plan: Plan, run: RunDir, pulse: Pulse) -> None:
     pulse.beat("load")
     prepared = read_prepared(run)
     rows = _rows(prepared.data_dir)
-    model = load_model(plan, prepared.model_dir, device)
+    model = load_model(plan, prepared.model_dir, device, code=prepared.code)
     # One seed for all ranks: the adapter starts the same everywhere, and the same as in a run on one rank.
     torch.manual_seed(plan.recipe.train.seed)
     model = with_adapter(model, plan, total_steps(plan, len(rows["train"])))

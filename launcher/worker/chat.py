@@ -86,7 +86,8 @@ def answer(trained: Trained, messages: list[Message], options: Any) -> str:
             )
         except Exception as error:  # noqa: BLE001 - handed to the thread that waits, which raises it
             failure.append(error)
-            streamer.end()  # otherwise the loop below waits for ever
+            # Otherwise the loop below waits for ever. Not end(), which decodes once more what may be what failed.
+            streamer.on_finalized_text("", stream_end=True)
 
     thread = Thread(target=generate, daemon=True)
     thread.start()

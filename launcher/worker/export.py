@@ -11,13 +11,15 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from launcher.errors import PreflightError
-from launcher.rundir import RunDir
+from launcher.remotecode import Staged, find_code, read_code, stage
+from launcher.rundir import RunDir, read_json, write_json
 from launcher.worker.loading import Trained, load_trained
 from launcher.worker.original import (
     converted_again,
@@ -29,6 +31,7 @@ from launcher.worker.original import (
 )
 from launcher.worker.pulse import die_with_parent
 from launcher.worker.quiet import quiet_libraries
+from launcher.worker.staged import load_tokenizer, load_weights
 
 # Largest difference of a logit, as a share of the largest logit: what rounding does when two matrices are added before the product.
 _TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
@@ -90,12 +93,25 @@ def _write(trained: Trained, folder: Path, max_shard_size: str) -> int:
     model.generation_config.pad_token_id = trained.prepared.pad_token_id
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     trained.tokenizer.save_pretrained(folder)
+    if trained.prepared.code is not None:
+        _add_code(trained.prepared.code, folder)
     return shared_and_counted(folder)
+
+
+def _add_code(staged: Staged, folder: Path) -> None:
+    """Every file of the model's own code: save_pretrained leaves out those imported by `from . import x`."""
+    for file in staged.code.files:
+        target = folder / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(staged.read(Path(staged.folder, file.name)))
+    config = read_json(folder / "config.json")
+    config["auto_map"] = {auto: name for auto, name in staged.code.classes.items() if auto != "AutoTokenizer"}
+    write_json(folder / "config.json", config)
 
 
 def _verify_in_fresh_process(folder: Path, probe: Path, trained: Trained) -> None:
     command = [sys.executable, "-m", "launcher.worker.export", str(folder), "--verify", str(probe)]
-    if trained.plan.recipe.model.trust_remote_code:
+    if trained.prepared.code is not None:
         command.append("--trust-remote-code")
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
@@ -111,17 +127,16 @@ def _verify_in_fresh_process(folder: Path, probe: Path, trained: Trained) -> Non
 
 def verify(folder: Path, probe: Path) -> int:
     """Load a folder as anybody would and compare its logits with those kept in `probe`; 0 when they agree."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     kept = torch.load(probe, weights_only=True)
     if is_original(folder):
         # Its own code is not run here: what is compared is what the next `launch` would make of it.
         with converted_again(folder) as native:
             return verify(native, probe)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", local_files_only=True, trust_remote_code="--trust-remote-code" in sys.argv
-    )
-    AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code="--trust-remote-code" in sys.argv)
+    with tempfile.TemporaryDirectory(prefix="launch-verify-") as root:
+        code = find_code(folder) if "--trust-remote-code" in sys.argv else None
+        staged = stage(code, read_code(folder, code), Path(root)) if code is not None else None
+        model = load_weights(folder, staged, dtype="auto")
+        load_tokenizer(folder, staged)
     found = _logits(model.eval(), kept["ids"])["logits"]
     name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[model.dtype]
     difference = float((found - kept["logits"]).abs().max() / kept["logits"].abs().max())

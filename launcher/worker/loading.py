@@ -16,6 +16,7 @@ from launcher.rundir import RunDir
 from launcher.worker.data.tokens import Prompter
 from launcher.worker.model import load_model
 from launcher.worker.prepared import Prepared, read_prepared
+from launcher.worker.staged import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -43,24 +44,20 @@ def load_trained(run: RunDir, step: str | None, quantized: bool) -> Trained:
     Raises:
         UsageError: there is no such valid checkpoint.
     """
-    from transformers import AutoTokenizer
-
     plan = _plan_of(run)
     prepared = read_prepared(run)
     folder = find_checkpoint(run, step or ("best" if plan.recipe.train.early_stopping else "latest"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if plan.recipe.adapter.type == "full":
-        model = load_model(plan, folder, device, quantized)
+        model = load_model(plan, folder, device, quantized, prepared.code)
     else:
         import peft
 
-        base = load_model(plan, prepared.model_dir, device, quantized)
+        base = load_model(plan, prepared.model_dir, device, quantized, prepared.code)
         model = peft.PeftModel.from_pretrained(base, str(folder))
     model.eval()
     model.config.use_cache = True
-    tokenizer = AutoTokenizer.from_pretrained(
-        prepared.tokenizer_dir, trust_remote_code=plan.recipe.model.trust_remote_code, local_files_only=True
-    )
+    tokenizer = load_tokenizer(prepared.tokenizer_dir, prepared.code)
     return Trained(plan, prepared, model, tokenizer, folder)
 
 

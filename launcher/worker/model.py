@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -10,36 +11,36 @@ from safetensors import SafetensorError
 
 from launcher.errors import PreflightError
 from launcher.plan import Plan
+from launcher.remotecode import Staged
+from launcher.worker.staged import check, load_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def load_model(plan: Plan, model_dir: str | Path, device: torch.device, quantized: bool = True) -> Any:
+def load_model(
+    plan: Plan, model_dir: str | Path, device: torch.device, quantized: bool = True, code: Staged | None = None
+) -> Any:
     """The base model in the plan's precision, on the device.
 
     Args:
         quantized: False loads the full-precision weights of a recipe that trains on quantised ones (merging needs them).
+        code: the model's own code, where it has some.
 
     Raises:
-        PreflightError: the weights cannot be loaded, or some of them are missing.
+        PreflightError: the weights cannot be loaded, or some of them are missing; the code is not the plan's.
     """
-    from transformers import AutoModelForCausalLM
-
+    check(plan, code)
     quantization = plan.recipe.model.quantization if quantized else "none"
     dtype = DTYPES[plan.weights_dtype]
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "local_files_only": True,
-        "trust_remote_code": plan.recipe.model.trust_remote_code,
-    }
+    options: dict[str, Any] = {"dtype": dtype}
     if quantization != "none":
         options |= {
             "quantization_config": _bitsandbytes(quantization, DTYPES[plan.dtype]),
             "device_map": {"": str(device)},
         }
     try:
-        model, left = AutoModelForCausalLM.from_pretrained(model_dir, output_loading_info=True, **options)
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+        model, left = load_weights(model_dir, code, output_loading_info=True, **options)
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError, UnpicklingError) as error:
         raise PreflightError(
             f"model {plan.shape.name}",
             f"cannot be loaded: {str(error).splitlines()[0]}",

@@ -25,6 +25,7 @@ from typing import Any
 
 from launcher.errors import LaunchError, PreflightError
 from launcher.plan import Plan
+from launcher.remotecode import Staged, checked_code, read_code, stage
 from launcher.rundir import RunDir, read_json, write_json
 from launcher.worker.data.rows import data_files, named
 from launcher.worker.prepared import DataReport, Prepared, write_prepared
@@ -57,7 +58,7 @@ def main(plan_path: str) -> int:
     run = RunDir(Path(plan_path).resolve().parent)
     try:
         plan = Plan.model_validate_json(run.plan.read_text(encoding="utf-8"))
-        write_prepared(run, prepare(plan))
+        write_prepared(run, prepare(plan, run))
     except LaunchError as error:
         _say(event="error", you_set=error.you_set, found=error.found, to_type=error.to_type, exit_code=error.exit_code)
         return error.exit_code
@@ -78,14 +79,14 @@ def main(plan_path: str) -> int:
     return 0
 
 
-def prepare(plan: Plan) -> Prepared:
+def prepare(plan: Plan, run: RunDir) -> Prepared:
     """Make or find everything the ranks need.
 
     Raises:
         DataError: rows that cannot be read.
         PreflightError: a model that is not there.
     """
-    recipe, cached, source_dir = plan.recipe, [], None
+    recipe, cached, source_dir, code = plan.recipe, [], None, None
     files = data_files(recipe.data.path)
     eval_path = recipe.data.eval.path if recipe.data.eval else None
     with named("data.eval.path"):
@@ -105,14 +106,17 @@ def prepare(plan: Plan) -> Prepared:
             model_dir = tokenizer_dir = _made("native", key, cached, lambda into: _convert(plan, source_dir, into))
         found = sorted({path for pattern in _TOKENIZER_FILES for path in model_dir.glob(pattern)})
         tokenizer_key = _hash_files([path for path in found if path.is_file()])
+        code = _staged_code(plan, run, model_dir, cached)
+        if code is not None:
+            tokenizer_key = _key(tokenizer_key, code.code.sha256)
 
     selection = recipe.data.model_dump(mode="json", exclude={"path", "batching"})
     data_key = _key("data", data_hash, selection, recipe.train.seed, tokenizer_key, plan.shape.prompts)
-    data_dir = _made("data", data_key, cached, lambda into: _make_dataset(plan, tokenizer_dir, into))
+    data_dir = _made("data", data_key, cached, lambda into: _make_dataset(plan, tokenizer_dir, into, code))
     if plan.batching == "packed":
         tried_on = importlib.metadata.version("transformers"), importlib.metadata.version("torch")
-        packing_key = _key("packing", _hash_files([model_dir / "config.json"]), tried_on)
-        _made("packing", packing_key, cached, lambda into: _try_packing(plan, model_dir))
+        packing_key = _key("packing", _hash_files([model_dir / "config.json"]), tried_on, code and code.code.sha256)
+        _made("packing", packing_key, cached, lambda into: _try_packing(plan, model_dir, code))
     left = read_json(data_dir / "report.json")
     return Prepared(
         model_dir=str(model_dir),
@@ -120,12 +124,43 @@ def prepare(plan: Plan) -> Prepared:
         data_dir=str(data_dir),
         rows_key=_rows_key(plan, data_hash),
         source_dir=str(source_dir) if plan.shape.native is not None else None,
+        code=code,
         cached=tuple(cached),
         template=left["template"],
         pad_token_id=left["pad_token_id"],
         eos_token_ids=left["eos_token_ids"],
         report=DataReport.model_validate(left["report"]),
     )
+
+
+def _staged_code(plan: Plan, run: RunDir, model_dir: Path, cached: list[str]) -> Staged | None:
+    """The model's own code in the run directory, tried once for this code, config and libraries; None where it has none.
+
+    Raises:
+        PreflightError: it is not the plan's, cannot be loaded, or writes into the module cache.
+    """
+    if plan.shape.native is not None:
+        return None
+    model = plan.recipe.model
+    code = plan.code or (checked_code(model, model_dir) if model.trust_remote_code else None)
+    if code is None:
+        return None
+    staged = stage(code, read_code(model_dir, code), run.code)
+    run.module_cache.mkdir(mode=0o555, exist_ok=True)
+    tried_on = importlib.metadata.version("transformers"), importlib.metadata.version("torch")
+    key = _key("code", code.sha256, code.classes, _hash_files(sorted(model_dir.glob("*.json"))), tried_on)
+    _made("code", key, cached, lambda into: _try_code(staged, model_dir, run))
+    return staged
+
+
+def _try_code(staged: Staged, model_dir: Path, run: RunDir) -> None:
+    """Leaves an empty folder in the cache where the code can be loaded, nothing where it cannot."""
+    from launcher.worker.quiet import quiet_libraries
+    from launcher.worker.staged import try_out
+
+    _say(event="prepare", what="code", state="trying to load it")
+    quiet_libraries()
+    try_out(staged, model_dir, run.code)
 
 
 def _make_tokenizer(plan: Plan, into: Path) -> None:
@@ -154,21 +189,21 @@ def _convert(plan: Plan, source_dir: Path, into: Path) -> None:
     convert_model(source_dir, into, plan.shape.name, progress)
 
 
-def _make_dataset(plan: Plan, tokenizer_dir: Path, into: Path) -> None:
+def _make_dataset(plan: Plan, tokenizer_dir: Path, into: Path, code: Staged | None) -> None:
     from launcher.worker.data.dataset import tokenize
 
     def progress(done: int, total: int) -> None:
         _say(event="prepare", what="data", state="tokenizing", done=done, total=total)
 
-    tokenize(plan, tokenizer_dir, into, progress)
+    tokenize(plan, tokenizer_dir, into, progress, code)
 
 
-def _try_packing(plan: Plan, model_dir: Path) -> None:
+def _try_packing(plan: Plan, model_dir: Path, code: Staged | None) -> None:
     """Leaves an empty folder in the cache where packing is sound, nothing where it is not."""
     from launcher.worker.data.leak import refuse_leaks
 
     _say(event="prepare", what="packing", state="trying on two layers")
-    refuse_leaks(plan, model_dir)
+    refuse_leaks(plan, model_dir, code)
 
 
 def _rows_key(plan: Plan, data_hash: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from launcher.errors import UsageError
+from launcher.remotecode import Staged
 from launcher.rundir import RunDir, read_json, write_json
 
 
@@ -43,6 +44,7 @@ class Prepared(BaseModel):
         template: `chat` or a name of families.yaml, never `auto`.
         rows_key: hash of which rows are trained on, in which order; a checkpoint is continued only on the same one.
         source_dir: the folder in its original layout, of a model that was converted.
+        code: the model's own code, staged in the run directory; None where it has none.
         cached: which of them were there already.
     """
 
@@ -57,6 +59,7 @@ class Prepared(BaseModel):
     rows_key: str
     report: DataReport
     source_dir: str | None = None
+    code: Staged | None = None
     cached: tuple[str, ...] = ()
 
 

@@ -19,6 +19,7 @@ RIGHT = "model: {path: org/name}\ndata: {path: rows.json}\n"
 # The public surface: whoever changes a key of the recipe changes this list, and thinks of those who wrote it.
 KEYS = """
 model model.path model.config model.revision model.dtype model.quantization model.trust_remote_code
+model.code_sha256
 data data.path data.format
 data.fields data.fields.instruction data.fields.input data.fields.output data.fields.context data.fields.target
 data.fields.prompt data.fields.response data.fields.messages data.fields.text data.fields.system

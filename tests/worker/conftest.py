@@ -18,6 +18,7 @@ from launcher.cluster import resolve_cluster
 from launcher.modelshape import shape_of
 from launcher.plan import Plan, make_plan
 from launcher.recipe import load_recipe
+from launcher.remotecode import planned_code
 from launcher.rundir import RunDir, read_events
 
 RECIPE = """
@@ -48,7 +49,9 @@ class Job:
     def plan(self, *overrides: str) -> Plan:
         loaded = load_recipe(self.recipe, overrides)
         cluster = resolve_cluster(loaded.recipe.hardware)
-        return make_plan("tiny", loaded.recipe, cluster, shape_of(loaded.recipe.model, self.recipe.parent))
+        shape = shape_of(loaded.recipe.model, self.recipe.parent)
+        model, code = planned_code(loaded.recipe.model, self.recipe.parent, self.recipe)
+        return make_plan("tiny", loaded.recipe.model_copy(update={"model": model}), cluster, shape, code)
 
     def prepare(self, *overrides: str, resume: bool = False) -> Plan:
         """Plan and prepare; the plan."""

@@ -11,21 +11,24 @@ from launcher.errors import DataError, PreflightError
 from launcher.families import family
 from launcher.plan import Plan
 from launcher.recipe.schema import Data
+from launcher.remotecode import Staged
 from launcher.rundir import read_json, write_json
 from launcher.worker.data.rows import Message, named, read_conversations
 from launcher.worker.data.tokens import IGNORED, Prompter, Tokens
 from launcher.worker.prepared import DataReport
 from launcher.worker.quiet import quiet_libraries
+from launcher.worker.staged import load_tokenizer
 
 Progress = Callable[[int, int], None]
 _ROWS_PER_PROGRESS = 2000
 
 
-def tokenize(plan: Plan, tokenizer_dir: Path, into: Path, progress: Progress) -> None:
+def tokenize(plan: Plan, tokenizer_dir: Path, into: Path, progress: Progress, code: Staged | None = None) -> None:
     """Write train/, eval/ (where there are such rows) and report.json into a folder.
 
     Args:
         progress: called with (rows done, rows in all) now and then.
+        code: the model's own code, where the tokenizer is part of it.
 
     Raises:
         DataError: rows that cannot be read, or no answer is left of them.
@@ -34,7 +37,7 @@ def tokenize(plan: Plan, tokenizer_dir: Path, into: Path, progress: Progress) ->
     quiet_libraries()
     data = plan.recipe.data
     rows, eval_rows, bad = conversations(plan)
-    tokenizer = load_tokenizer(plan, tokenizer_dir)
+    tokenizer = _tokenizer(plan, tokenizer_dir, code)
     template = _template(plan, tokenizer)
     encoder = _Encoder(Prompter(tokenizer, template), data, len(rows) + len(eval_rows), progress)
     train, evaluation = encoder.encode(rows), encoder.encode(eval_rows)
@@ -78,20 +81,20 @@ def conversations(plan: Plan) -> tuple[list[list[Message]], list[list[Message]],
     return [row for place, row in enumerate(rows) if place not in kept], [rows[place] for place in sorted(kept)], bad
 
 
-def load_tokenizer(plan: Plan, folder: Path) -> Any:
+def _tokenizer(plan: Plan, folder: Path, code: Staged | None) -> Any:
     """The tokenizer of a folder.
 
     Raises:
         PreflightError: it cannot be loaded, or does not know how a text ends.
     """
-    from transformers import AutoTokenizer
-
     you_set = f"model {plan.shape.name}"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=plan.recipe.model.trust_remote_code, local_files_only=True
-        )
+        tokenizer = load_tokenizer(folder, code)
     except (OSError, ValueError, ImportError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            found = "its tokenizer is code that comes with the weights"
+            to_type = "look at it (launch trust RECIPE); if you trust it: model.trust_remote_code=true"
+            raise PreflightError(you_set, found, to_type) from None
         reason = f"its tokenizer cannot be loaded: {str(error).splitlines()[0]}"
         raise PreflightError(you_set, reason, f"check the tokenizer files in {folder}") from None
     if tokenizer.eos_token_id is None:

@@ -11,28 +11,26 @@ import torch
 
 from launcher.errors import PreflightError
 from launcher.plan import Plan
+from launcher.remotecode import Staged
 from launcher.worker.data.batches import collator
+from launcher.worker.staged import from_config, load_config
 
 _VOCAB = 64
 _TOLERANCE = 1e-4
 
 
-def refuse_leaks(plan: Plan, model_dir: Path) -> None:
+def refuse_leaks(plan: Plan, model_dir: Path, code: Staged | None = None) -> None:
     """Compare the logits of a row by itself and behind another one in a pack, on two layers with random weights.
 
     Raises:
         PreflightError: they differ, so a packed row depends on its neighbour.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(
-        model_dir, trust_remote_code=plan.recipe.model.trust_remote_code, local_files_only=True
-    )
+    config = load_config(model_dir, code)
     config.num_hidden_layers, config.vocab_size = 2, _VOCAB
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, name, None)  # the real ones may lie beyond the small vocabulary
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = from_config(config, code).eval()
     model.config.use_cache = False  # as in training
     rows = [{"input_ids": torch.randint(0, _VOCAB, (length,)).tolist()} for length in (7, 9)]
     rows = [{**row, "labels": row["input_ids"]} for row in rows]
