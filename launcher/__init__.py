@@ -15,6 +15,7 @@
     preflight    Plan and this machine -> findings
     report       files of a run -> what happened
     supervise    start, follow, stop
+    foreground   chat and export, with this terminal
     show         all of it -> what a person reads
     cli          verbs
     worker/      torch side: executes a Plan (prepare, model, adapters, data/, training, checkpoint, metrics, chat, export)

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -180,7 +179,10 @@ def trust(recipe: str, overrides: tuple[str, ...]) -> None:
 @click.option("--step", help="Which checkpoint: a step, `best` or `latest`.")
 def chat(run_dir: str, **options: Any) -> None:
     """Talk to the model that a run has trained."""
-    _worker("chat", run_dir, options)
+    from launcher.foreground import run_in_foreground
+    from launcher.rundir import open_run
+
+    sys.exit(run_in_foreground("chat", open_run(run_dir), options))
 
 
 def _shard_size(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
@@ -206,7 +208,10 @@ def _shard_size(_: click.Context, __: click.Parameter, value: str | None) -> str
 )
 def export(run_dir: str, **options: Any) -> None:
     """Merge the adapter into the model and write a folder that loads on its own."""
-    _worker("export", run_dir, options)
+    from launcher.foreground import run_in_foreground
+    from launcher.rundir import open_run
+
+    sys.exit(run_in_foreground("export", open_run(run_dir), options))
 
 
 @cli.command()
@@ -322,50 +327,6 @@ def _carry_out(resuming: bool, made: Plan, where: RunDir) -> NoReturn:
                 show.console(stderr=True), outcome.failure, where.path, newest.folder.name if newest else None
             )
     sys.exit(outcome.exit_code)
-
-
-def _worker(module: str, run_dir: str, options: dict[str, Any]) -> NoReturn:
-    """Run a torch-side program on a run directory, with this terminal."""
-    from launcher.rundir import open_run
-
-    where = open_run(run_dir)
-    _prepare_again(where)
-    flags = [
-        text
-        for name, value in options.items()
-        if value is not None
-        for text in (f"--{name.replace('_', '-')}", str(value))
-    ]
-    env = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_MODULES_CACHE": str(where.module_cache),
-    }
-    argv = [sys.executable, "-m", "launcher.worker.foreground", module, str(where.path), *flags]
-    with subprocess.Popen(argv, env=env) as process:
-        while True:
-            try:
-                code = process.wait()
-                break
-            except KeyboardInterrupt:  # the terminal has told the worker as well, which ends in its own way
-                continue
-    sys.exit(code if code >= 0 else 128 - code)
-
-
-def _prepare_again(where: RunDir) -> None:
-    """Make what prepare left for a run again, where somebody has emptied the cache since."""
-    from launcher.plan import Plan
-    from launcher.rundir import read_json
-    from launcher.supervise import Supervisor
-
-    prepared = read_json(where.prepared)
-    folders = [prepared.get(key, "") for key in ("model_dir", "tokenizer_dir")] if isinstance(prepared, dict) else []
-    if all(os.path.isdir(folder) for folder in folders):
-        return
-    click.echo("prepare      what this run was prepared with has left the cache; making it again", err=True)
-    plan = Plan.model_validate_json(where.plan.read_text(encoding="utf-8"))
-    Supervisor(plan, where, lambda event: None).prepare_only()
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
