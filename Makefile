@@ -19,6 +19,7 @@ check: lint types test
 bench:              ## the results pages of this machine
 	python benchmarks/startup.py
 	python benchmarks/trainer_overhead.py
+	python benchmarks/remote_code_race.py
 
 schema:             ## what editors complete recipes with
 	launch schema recipes/schema.json

@@ -11,6 +11,7 @@ begins only after somebody has changed the code in the folder for the next exper
     plain   from_pretrained(trust_remote_code=True) with one HF_MODULES_CACHE for all, transformers' default
 
 The processes are forked from one that has imported transformers, so they really start together. A killed process is no failure.
+That a late process runs other code under `plain` is no race: it reads the folder when it gets there, so every one of them does.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from launcher.errors import PreflightError
 from launcher.remotecode import Staged, find_code, read_code, stage
 from launcher.rundir import RunDir
 from launcher.worker.prepare import prepare
-from launcher.worker.staged import load_tokenizer, load_weights, model_class
+from launcher.worker.staged import check, load_tokenizer, load_weights, model_class
 from tests.worker.conftest import Job
 from tests.worker.remote_models import write_model
 
@@ -103,29 +102,22 @@ def test_an_export_carries_the_code(remote: Callable[..., Job], tmp_path: Path) 
     assert {file.name: file.sha256 for file in exported.files} == {file.name: file.sha256 for file in planned.files}
 
 
-def test_a_rank_executes_no_byte_that_was_not_staged(remote: Callable[..., Job], tmp_path: Path) -> None:
-    job = remote()
-    prepared = prepare(job.plan(), job.run)
-    assert prepared.code is not None
-    for name in ("layers_tiny.py", f"__pycache__/layers_tiny.{sys.implementation.cache_tag}.pyc"):
-        run = tmp_path / f"changed-{len(name)}"
-        shutil.copytree(job.run.code, run)
-        staged = prepared.code.model_copy(update={"folder": str(run / Path(prepared.code.folder).name)})
-        changed = Path(staged.folder, name)
-        changed.chmod(0o644)
-        changed.write_bytes(changed.read_bytes() + b"\n")
-        done = subprocess.run(
-            [sys.executable, "-c", IMPORT], input=staged.model_dump_json(), capture_output=True, text=True, check=False
-        )
-        assert f"{name} is not what was staged there" in done.stderr
+@pytest.mark.parametrize("name", ["layers_tiny.py", f"__pycache__/layers_tiny.{sys.implementation.cache_tag}.pyc"])
+def test_a_rank_executes_no_byte_that_was_not_staged(tmp_path: Path, name: str) -> None:
+    staged = staged_from(write_model(tmp_path / "model", mark=name), tmp_path / "code")
+    changed = Path(staged.folder, name)
+    changed.chmod(0o644)
+    changed.write_bytes(changed.read_bytes() + b"\n")
+    with pytest.raises(PreflightError, match=r"layers_tiny.* is not what was staged there"):
+        model_class(staged)
 
 
-IMPORT = """
-import sys
-from launcher.remotecode import Staged
-from launcher.worker.staged import model_class
-model_class(Staged.model_validate_json(sys.stdin.read()))
-"""
+def test_a_rank_refuses_code_that_the_plan_does_not_name(remote: Callable[..., Job], tmp_path: Path) -> None:
+    plan = remote().plan()
+    other = staged_from(write_model(tmp_path / "other", mark="other"), tmp_path / "code")
+    for staged in (other, None):
+        with pytest.raises(PreflightError, match=r"prepare the run again"):
+            check(plan, staged)
 
 
 def test_two_runs_with_different_code_live_in_one_process(tmp_path: Path) -> None:
