@@ -4,7 +4,7 @@
     rundir       the name of every file in a run directory
     manifest     the commit marker of a checkpoint; which one is valid
     recipe/      YAML -> checked, frozen Recipe
-    cluster      hardware -> nodes and devices                    (gpus.yaml)
+    cluster/     hardware -> nodes and devices                    (gpus.yaml)
     families     model families and prompt templates              (families.yaml)
     native       config of a model with its own code -> that of the transformers class that computes the same
     modelshape/  config.json and tensor headers -> parameters     (catalogue.yaml)

@@ -28,7 +28,7 @@ def _a_bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
-    monkeypatch.setattr("launcher.cluster.host_memory_bytes", lambda: 64 * GIB)
+    monkeypatch.setattr("launcher.cluster.machine.host_memory_bytes", lambda: 64 * GIB)
 
 
 def values(hardware: str | Sequence[str], **sections: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,108 @@
+"""`hardware:` of a recipe in, a `Cluster` out: `8xA800-80GB`, `2xcpu`, a list of cards, or `auto` for what is here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from launcher.cluster.cards import matching, split_name, unknown_card
+from launcher.cluster.machine import cpu_cluster, nvidia_devices, usable_cores
+from launcher.cluster.model import GIB, MIB, Cluster, Device, Node
+from launcher.errors import UsageError
+
+_UNIT_BYTES = {"mib": MIB, "gib": GIB, "mb": 10**6, "gb": 10**9}
+
+
+def resolve_cluster(hardware: str | tuple[str, ...], nproc: int | None = None) -> Cluster:
+    """The cluster that `hardware:` names, cut to `nproc` processes (on a CPU: made of `nproc` ranks).
+
+    Raises:
+        UsageError: an unknown card, an unreadable item, or more processes than devices.
+    """
+    if hardware == "auto":
+        return this_machine(nproc)
+    items = (hardware,) if isinstance(hardware, str) else hardware
+    shown = hardware if isinstance(hardware, str) else "[" + ", ".join(hardware) + "]"
+    parts = [_parse_item(item, f"hardware: {shown}") for item in items]
+    if not parts:
+        raise UsageError(
+            "hardware: []", "the list is empty", "name a card, such as `hardware: [RTX 3090]`, or `hardware: auto`"
+        )
+    kinds = {device.kind for _, device in parts}
+    if len(kinds) > 1:
+        raise UsageError(
+            f"hardware: {shown}", "cards and CPU ranks in one cluster", "name cards only, or `hardware: 2xcpu`"
+        )
+    if kinds == {"cpu"}:
+        return cpu_cluster(nproc or sum(num for num, _ in parts), f"hardware: {shown}")
+    devices = [device for num, device in parts for _ in range(num)]
+    return _cut(devices, nproc, f"hardware: {shown}")
+
+
+def this_machine(nproc: int | None = None) -> Cluster:
+    """The cards of this machine, else its CPU: `nproc` ranks, by default two where there are two usable cores.
+
+    Raises:
+        UsageError: more processes than cards.
+    """
+    devices, remark = nvidia_devices()
+    if devices:
+        return _cut(devices, nproc, remark)
+    return cpu_cluster(nproc or min(2, usable_cores()), f"this machine's CPU ({remark})")
+
+
+def found_on_this_machine() -> Cluster:
+    """What is really here, whatever the recipe names; for preflight."""
+    return this_machine(None)
+
+
+def _cut(devices: Sequence[Device], nproc: int | None, source: str) -> Cluster:
+    """One node with the first `nproc` of these devices, numbered from 0."""
+    if nproc is not None and nproc > len(devices):
+        cards_word = "card" if len(devices) == 1 else "cards"
+        raise UsageError(
+            f"--nproc {nproc}",
+            f"{source} has {len(devices)} {cards_word}",
+            f"--nproc {len(devices)}, or leave --nproc out",
+        )
+    kept = [device.model_copy(update={"index": index}) for index, device in enumerate(devices[:nproc])]
+    return Cluster(nodes=(Node(host="localhost", devices=tuple(kept)),), source=source)
+
+
+def _parse_item(item: str, you_set: str) -> tuple[int, Device]:
+    """One item such as `8xA800-80GB` or `RTX 3060 Ti 8GiB reserved=921MiB`: how many, of what."""
+    match = re.fullmatch(r"\s*(?:(\d+)\s*[xX×*]\s*)?(.*?)((?:\s+\w+=\S*)*)\s*", item)
+    assert match is not None, "every group may be empty"
+    num, name = int(match[1] or 1), match[2]
+    if num < 1 or not name:
+        raise UsageError(
+            you_set, f"`{item}` names no device", "write it as `8xA800-80GB`, `RTX 3090`, `2xcpu` or `auto`"
+        )
+    reserved_bytes = _reserved_bytes(match[3].split(), you_set)
+    if name.lower() == "cpu":
+        return num, Device(name="cpu", kind="cpu", memory_bytes=0, bf16=True, index=0)
+    model, memory_gib = split_name(name)
+    known = matching(model, memory_gib)
+    if known is None:
+        raise unknown_card(name, model, you_set)
+    return num, Device(
+        name=known.name,
+        kind="cuda",
+        memory_bytes=round(known.memory_gib * GIB),
+        reserved_bytes=reserved_bytes,
+        bf16=known.bf16 is not None,
+        index=0,
+    )
+
+
+def _reserved_bytes(options: Sequence[str], you_set: str) -> int:
+    """`reserved=921MiB` in bytes; 0 when there is no option."""
+    reserved_bytes = 0
+    for option in options:
+        match = re.fullmatch(r"reserved=(\d+(?:\.\d+)?)(MiB|GiB|MB|GB)", option, re.IGNORECASE)
+        if match is None:
+            raise UsageError(
+                you_set, f"`{option}` is no option of a card", "the only option is such as `reserved=921MiB`"
+            )
+        reserved_bytes = round(float(match[1]) * _UNIT_BYTES[match[2].lower()])
+    return reserved_bytes

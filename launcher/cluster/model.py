@@ -1,0 +1,66 @@
+"""What a cluster is: plain values, frozen, JSON both ways."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+MIB = 2**20
+GIB = 2**30
+
+
+class Frozen(BaseModel):
+    """Base of what is read once and never changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Device(Frozen):
+    """One card or one CPU rank.
+
+    `index` counts the devices that a process sees (after CUDA_VISIBLE_DEVICES); `uuid` is the card's own, None in a
+    profile. `memory_bytes` is the whole, `reserved_bytes` what others already hold of it (a display, another job).
+    """
+
+    name: str
+    kind: Literal["cuda", "cpu"]
+    memory_bytes: int
+    reserved_bytes: int = 0
+    bf16: bool
+    index: int
+    uuid: str | None = None
+
+
+class Node(Frozen):
+    """One host and its devices, in the order of their local ranks."""
+
+    host: str
+    devices: tuple[Device, ...]
+
+
+class Cluster(Frozen):
+    """All nodes of a run; `source` says in words where the knowledge comes from."""
+
+    nodes: tuple[Node, ...]
+    source: str
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of hosts."""
+        return len(self.nodes)
+
+    @property
+    def num_devices(self) -> int:
+        """Number of devices over all hosts."""
+        return sum(len(node.devices) for node in self.nodes)
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """All devices, node by node."""
+        return tuple(device for node in self.nodes for device in node.devices)
+
+    @property
+    def kind(self) -> Literal["cuda", "cpu"]:
+        """What computes: a cluster never mixes cards and CPU ranks."""
+        return self.devices[0].kind
