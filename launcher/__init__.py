@@ -10,6 +10,7 @@
     modelshape/  config.json and tensor headers -> parameters     (catalogue.yaml)
     remotecode/  the .py files of a model -> found, looked at, pinned, staged
     memory       bytes of a device, in parts
+    steptime     seconds of a step, in parts
     plan/        (Recipe, Cluster, ModelShape) -> Plan
     command      Plan -> what each node starts
     preflight    Plan and this machine -> findings

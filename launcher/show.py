@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from launcher.manifest import Verdict
-from launcher.plan import Plan, budget_bytes, steps_per_epoch, total_steps
+from launcher.plan import Alternative, Plan, budget_bytes, steps_per_epoch, total_steps
 from launcher.preflight import Finding
 from launcher.remotecode import RemoteCode, Trusted
 from launcher.report import Failure, last_lines
@@ -24,6 +24,7 @@ from launcher.supervise import Outcome
 GIB = 2**30
 _BAR = 24
 _LABEL = 12
+_MOST_OTHERS = 6
 
 
 def console(stderr: bool = False) -> Console:
@@ -93,6 +94,9 @@ def show_plan(screen: Console, plan: Plan) -> None:
     length = f"{train.max_steps:,} steps" if train.max_steps else f"{train.epochs:g} epochs"
     line(screen, "train", f"{length}, lr {train.lr:g} {train.schedule}, {train.optimizer}, seed {train.seed}")
     line(screen, "memory", _memory_bar(plan))
+    line(screen, "time", _step_time(plan))
+    for place, other in enumerate(plan.alternatives[1 : 1 + _MOST_OTHERS]):
+        line(screen, "instead" if place == 0 else "", _alternative(plan, other))
     for place, decision in enumerate(plan.decisions):
         line(screen, "why" if place == 0 else "", f"{decision.key} = {decision.value}: {decision.because}")
     line(screen, "model", f"shape from {_shown(plan.shape.source)}")
@@ -127,6 +131,26 @@ def show_trust(screen: Console, trusted: Trusted) -> None:
         line(
             screen, "", "the recipe does not allow it to be executed yet; if you trust it: model.trust_remote_code=true"
         )
+
+
+def _step_time(plan: Plan) -> str:
+    """Seconds of a step with every row at its longest, where they go, and how sure that is."""
+    parts = "  ".join(
+        f"{name} {value:.3g}" for name, value in plan.time.parts().items() if value >= plan.time.total_s / 200
+    )
+    return (
+        f"{plan.time.total_s:.3g} s a step of {plan.time.tokens:,} tokens, {plan.time.tokens_per_second:,.0f} tokens/s"
+        f"  ({parts}; {plan.time.basis})"
+    )
+
+
+def _alternative(plan: Plan, other: Alternative) -> str:
+    """A way that was not taken, with its figures."""
+    how = (
+        f"{other.strategy}{', checkpointing' if other.gradient_checkpointing else ''}, micro batch {other.micro_batch}"
+    )
+    cost = f"{other.step_s / plan.time.total_s:.2f} × the time" if other.fits else "does not fit"
+    return f"{how:<36} {gib(other.memory_bytes):>5} GiB  {cost}"
 
 
 def _memory_bar(plan: Plan) -> str:

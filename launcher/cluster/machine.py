@@ -53,9 +53,10 @@ def usable_cores() -> int:
 
 def cpu_cluster(num_ranks: int, source: str) -> Cluster:
     """CPU ranks on this host, each with its share of the memory."""
-    share_bytes = host_memory_bytes() // num_ranks
+    share_bytes, cores = host_memory_bytes() // num_ranks, max(1, usable_cores() // num_ranks)
     ranks = [
-        Device(name="cpu", kind="cpu", memory_bytes=share_bytes, bf16=True, index=index) for index in range(num_ranks)
+        Device(name="cpu", kind="cpu", memory_bytes=share_bytes, bf16=True, index=index, cores=cores)
+        for index in range(num_ranks)
     ]
     return Cluster(nodes=(Node(host="localhost", devices=tuple(ranks)),), source=source)
 

@@ -21,6 +21,7 @@ class Device(Frozen):
 
     `index` counts the devices that a process sees (after CUDA_VISIBLE_DEVICES); `uuid` is the card's own, None in a
     profile. `memory_bytes` is the whole, `reserved_bytes` what others already hold of it (a display, another job).
+    `cores`: of this host for each CPU rank, 0 for a card.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Device(Frozen):
     reserved_bytes: int = 0
     bf16: bool
     index: int
+    cores: int = 0
     uuid: str | None = None
 
 

@@ -29,6 +29,7 @@ from launcher.recipe.schema import Adapter, Model
 
 __all__ = [
     "ModelShape",
+    "adapted_in_a_layer",
     "adapted_modules",
     "catalogue_names",
     "module_names",
@@ -229,6 +230,17 @@ def adapted_modules(shape: ModelShape, targets: str | Sequence[str]) -> dict[str
         return dict(_linears(shape, known))
     named = [*_linears(shape, known), *_ends(shape, known)]
     return {name: size for name, size in named if _matches(name, targets)}
+
+
+def adapted_in_a_layer(shape: ModelShape, targets: str | Sequence[str]) -> set[str]:
+    """Names, from the layer on, of the linear layers of the first layer that get an adapter."""
+    known = family(shape.family)
+    prefix = f"{known.layers}.0."
+    if targets == "auto":
+        targets = known.lora_targets or "all-linear"
+    if targets == "all-linear":
+        return set(shape.linears)
+    return {name for name in shape.linears if _matches(prefix + name, targets)}
 
 
 def unmatched_targets(shape: ModelShape, targets: str | Sequence[str]) -> list[str]:

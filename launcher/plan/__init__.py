@@ -1,7 +1,7 @@
 """(Recipe, Cluster, ModelShape) in, one frozen Plan out: everything that was `auto` decided, each decision with its reason.
 
 Pure: no file is read and no device is touched. The plan goes to RUN/plan.json as it is, and the workers read nothing else.
-`model` is what a plan is, `deciding` how it is made, `remedies` what to type when it does not fit.
+`model` is what a plan is, `deciding` how it is made, `searching` what is fastest, `remedies` what to type when it does not fit.
 """
 
 from __future__ import annotations
@@ -9,12 +9,22 @@ from __future__ import annotations
 from launcher.cluster import Cluster
 from launcher.modelshape import ModelShape
 from launcher.plan.deciding import Deciding
-from launcher.plan.model import Decision, Plan, budget_bytes, identity, lacking_bytes, steps_per_epoch, total_steps
+from launcher.plan.model import (
+    Alternative,
+    Decision,
+    Plan,
+    budget_bytes,
+    identity,
+    lacking_bytes,
+    steps_per_epoch,
+    total_steps,
+)
 from launcher.plan.remedies import does_not_fit
 from launcher.recipe import Recipe
 from launcher.remotecode import RemoteCode
 
 __all__ = [
+    "Alternative",
     "Decision",
     "Plan",
     "budget_bytes",

@@ -6,7 +6,6 @@ from launcher import __version__
 from launcher.cluster import Cluster
 from launcher.errors import Problem, RecipeError
 from launcher.families import family, template_names
-from launcher.memory import Memory, MemoryRequest, estimate
 from launcher.modelshape import (
     ModelShape,
     module_names,
@@ -16,15 +15,12 @@ from launcher.modelshape import (
     unmatched_targets,
 )
 from launcher.plan.model import Batching, Decision, Dtype, Plan, Targets, budget_bytes
+from launcher.plan.searching import FREE_SHARE, Choice, Option, Question, choose
 from launcher.recipe import Recipe
 
 GIB = 2**30
-BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Larger micro batches bring no speed on these devices and make the heaviest batch heavier.
 _LARGEST_MICRO_BATCH = {"cuda": 64, "cpu": 8}
-_SMALLEST_WORTHWHILE = 4
-# What an automatic choice leaves free: the allocator's gaps, and the error of the estimate.
-_FREE_SHARE = 0.1
 
 
 class Deciding:
@@ -48,36 +44,38 @@ class Deciding:
         self._check_template()
         self._check_quantization()
         self._native()
-        self.strategy, self.num_processes = self._strategy()
-        # A device map is one model however many processes it takes; every other strategy feeds each process its own rows.
-        self.num_replicas = 1 if self.strategy == "device_map" else self.num_processes
+        strategies = self._strategies()
         self.dtype = self._dtype()
-        self.weights_dtype = self._weights_dtype()
         targets = self._targets()
         batching = self._batching()
-        self.trained = 0 if self.problems else trainable_parameters(self.shape, recipe.adapter)
-        checkpointing, micro_batch, memory = self._micro_batch()
+        trained = 0 if self.problems else trainable_parameters(self.shape, recipe.adapter)
+        question = Question(recipe, self.cluster, self.shape, self.dtype, trained)
+        choice = choose(question, self._options(question, strategies))
         if self.problems:
             raise RecipeError(self.problems)
+        chosen = choice.chosen.option
+        self._explain(question, choice)
         return Plan(
             version=__version__,
             name=name,
             recipe=recipe,
             cluster=self.cluster,
             shape=self.shape,
-            strategy=self.strategy,
+            strategy=chosen.strategy,
             backend=recipe.launch.backend,
-            num_processes=self.num_processes,
+            num_processes=question.num_processes(chosen.strategy),
             dtype=self.dtype,
-            weights_dtype=self.weights_dtype,
+            weights_dtype=question.weights_dtype(chosen.strategy),
             targets=targets,
-            trainable_parameters=self.trained,
-            micro_batch=micro_batch,
-            accumulation=recipe.train.global_batch // (self.num_replicas * micro_batch),
+            trainable_parameters=trained,
+            micro_batch=chosen.micro_batch,
+            accumulation=recipe.train.global_batch // (question.num_replicas(chosen.strategy) * chosen.micro_batch),
             global_batch=recipe.train.global_batch,
-            gradient_checkpointing=checkpointing,
+            gradient_checkpointing=chosen.gradient_checkpointing,
             batching=batching,
-            memory=memory,
+            memory=choice.chosen.memory,
+            time=choice.chosen.time,
+            alternatives=choice.alternatives(),
             decisions=tuple(self.decisions),
         )
 
@@ -112,23 +110,23 @@ class Deciding:
             found = f"{self.shape.name} computes more than {native.exact_length} tokens unlike {native.target}"
             self._problem("data.max_length", f"{found}. Set data.max_length={native.exact_length}")
 
-    def _strategy(self) -> tuple[str, int]:
-        """The strategy and how many processes it starts."""
+    def _strategies(self) -> list[str]:
+        """The strategies that are open: the one that was asked for, or those that these devices and this adapter allow."""
         asked, num = self.recipe.strategy.type, self.cluster.num_devices
         if self.recipe.launch.backend == "python" and num > 1 and asked != "device_map":
             found = f"python starts one process, the hardware has {num} devices. Set launch.backend=torchrun"
             self._problem("launch.backend", found)
-        if asked == "auto":
-            if num == 1:
-                chosen, because = "single", "there is one device"
-            else:
-                chosen, because = "ddp", f"a copy of the model on each of {num} devices is fastest where it fits"
-            self._decide("strategy.type", chosen, because)
-            return chosen, num
         if asked == "single" and num > 1:
             found = f"single uses one device, the hardware has {num}. Set strategy.type=ddp, or add --nproc 1"
             self._problem("strategy.type", found)
-        return asked, 1 if asked == "device_map" and self.recipe.strategy.schedule == "naive" else num
+        if asked != "auto":
+            return [asked]
+        if num == 1:
+            return ["single"]
+        # Quantised weights are not sharded, and on a CPU there is nothing to gain.
+        if self.recipe.model.quantization != "none" or self.cluster.kind == "cpu":
+            return ["ddp"]
+        return ["ddp", "fsdp", "zero2", "zero1", "zero3"]
 
     def _dtype(self) -> Dtype:
         asked, on_cpu = self.recipe.model.dtype, self.cluster.kind == "cpu"
@@ -160,14 +158,6 @@ class Deciding:
         if recipe.adapter.type == "dora" and recipe.model.quantization == "int8" and self.cluster.kind == "cpu":
             found = "dora over an int8 base fails at its second step on a CPU. Set adapter.type=lora, or model.quantization=nf4"
             self._problem("adapter.type", found)
-
-    def _weights_dtype(self) -> Dtype:
-        """Precision in which the base lies in memory."""
-        if self.recipe.adapter.type != "full" or self.strategy not in ("single", "ddp", "device_map"):
-            return self.dtype
-        if self.dtype != "fp32":
-            self._decide("weights", "fp32", f"{self.dtype} alone loses small updates of trained weights")
-        return "fp32"
 
     def _targets(self) -> Targets:
         adapter = self.recipe.adapter
@@ -207,71 +197,69 @@ class Deciding:
         self._decide("data.batching", "bucketed", "rows of like length leave little padding in every family")
         return "bucketed"
 
-    def _micro_batch(self) -> tuple[bool, int, Memory]:
-        """Gradient checkpointing, rows of a micro batch, and the memory they lead to."""
-        train, sizes = self.recipe.train, self._sizes()
-        asked = train.gradient_checkpointing
-        # Keeping activations costs no time, so it comes first, unless only micro batches fit that leave the device idle.
-        worthwhile = [size for size in sizes if size >= _SMALLEST_WORTHWHILE] or sizes[:1]
-        options = [(False, size) for size in worthwhile] + [(True, size) for size in sizes]
-        if asked != "auto":
-            options = [(asked, size) for size in sizes]
-        budget = budget_bytes(self.strategy, self.cluster)
-        if train.micro_batch == "auto":
-            budget = round(budget * (1 - _FREE_SHARE))
-        fitting = (option for option in options if self._memory(*option).total_bytes <= budget)
-        checkpointing, size = next(fitting, options[-1])
-        if train.micro_batch == "auto":
-            kept = (
-                " without gradient checkpointing" if asked == "auto" and not checkpointing and size < sizes[0] else ""
-            )
-            limit = _LARGEST_MICRO_BATCH[self.cluster.kind]
-            because = (
-                f"the largest that fits {budget / GIB:.1f} GiB{kept}, at most {limit}, and divides the global batch"
-            )
-            self._decide("train.micro_batch", str(size), because)
-        if asked == "auto":
-            without = "everything fits without computing layers twice"
-            because = "activations do not fit without" if checkpointing else without
-            self._decide("train.gradient_checkpointing", str(checkpointing).lower(), because)
-        return checkpointing, size, self._memory(checkpointing, size)
+    def _options(self, question: Question, strategies: list[str]) -> list[Option]:
+        """Every combination that the recipe leaves open."""
+        asked = self.recipe.train.gradient_checkpointing
+        checkpointing = [False, True] if asked == "auto" else [asked]
+        return [
+            Option(strategy, checkpointed, size)
+            for strategy in strategies
+            for checkpointed in checkpointing
+            for size in self._sizes(question.num_replicas(strategy))
+        ]
 
-    def _sizes(self) -> list[int]:
+    def _sizes(self, num_replicas: int) -> list[int]:
         """Micro batches that make up the global batch, largest first; what the recipe sets, where it sets one."""
-        train, num = self.recipe.train, self.num_replicas
-        rows, rest = divmod(train.global_batch, num)
+        train = self.recipe.train
+        rows, rest = divmod(train.global_batch, num_replicas)
         if rest:
-            self._problem("train.global_batch", _no_multiple(train.global_batch, num, f"{num} ranks"))
+            self._problem("train.global_batch", _no_multiple(train.global_batch, num_replicas, f"{num_replicas} ranks"))
             rows = max(1, rows)
         if train.micro_batch == "auto":
             largest = min(rows, _LARGEST_MICRO_BATCH[self.cluster.kind])
             return [size for size in range(largest, 0, -1) if rows % size == 0]
         if rows % train.micro_batch and not rest:
-            what = f"{num} ranks × micro batch {train.micro_batch}"
-            self._problem("train.global_batch", _no_multiple(train.global_batch, num * train.micro_batch, what))
+            what = f"{num_replicas} ranks × micro batch {train.micro_batch}"
+            message = _no_multiple(train.global_batch, num_replicas * train.micro_batch, what)
+            self._problem("train.global_batch", message)
         return [train.micro_batch]
 
-    def _memory(self, gradient_checkpointing: bool, micro_batch: int) -> Memory:
-        recipe = self.recipe
-        return estimate(
-            MemoryRequest(
-                shape=self.shape,
-                trainable_parameters=self.trained,
-                full=recipe.adapter.type == "full",
-                adapter=recipe.adapter,
-                quantization=recipe.model.quantization,
-                weights_dtype_bytes=BYTES[self.weights_dtype],
-                compute_dtype_bytes=BYTES[self.dtype],
-                optimizer=recipe.train.optimizer,
-                micro_batch=micro_batch,
-                sequence_length=recipe.data.max_length,
-                gradient_checkpointing=gradient_checkpointing,
-                strategy=self.strategy,
-                offload=recipe.strategy.offload,
-                num_processes=self.cluster.num_devices,
-                kind=self.cluster.kind,
-            )
-        )
+    def _explain(self, question: Question, choice: Choice) -> None:
+        """The reasons of what was chosen; the figures of what was not are the plan's alternatives."""
+        recipe, option = self.recipe, choice.chosen.option
+        if recipe.strategy.type == "auto":
+            self._decide("strategy.type", option.strategy, _reason(choice, self.cluster.num_devices))
+        if question.weights_dtype(option.strategy) != self.dtype:
+            self._decide("weights", "fp32", f"{self.dtype} alone loses small updates of trained weights")
+        if recipe.train.micro_batch == "auto":
+            budget = budget_bytes(option.strategy, self.cluster) * (1 - FREE_SHARE) / GIB
+            limit = _LARGEST_MICRO_BATCH[self.cluster.kind]
+            because = f"the fastest that fits {budget:.1f} GiB, at most {limit}, and divides the global batch"
+            self._decide("train.micro_batch", str(option.micro_batch), because)
+        if recipe.train.gradient_checkpointing == "auto":
+            because = "everything fits without computing layers twice"
+            if option.gradient_checkpointing:
+                because = "activations do not fit without, or only of batches too small to be fast"
+            self._decide("train.gradient_checkpointing", str(option.gradient_checkpointing).lower(), because)
+
+
+def _reason(choice: Choice, num_devices: int) -> str:
+    """Why a strategy, in words; the figures stand in the plan's alternatives."""
+    if num_devices == 1:
+        return "there is one device"
+    if all(other.option.strategy == choice.chosen.option.strategy for other in choice.others):
+        return f"a copy of the model on each of {num_devices} devices"
+    if not choice.chosen.fits:
+        return "needs least memory, and that is still too much"
+    fitting = [
+        other for other in choice.others if other.fits and other.option.strategy != choice.chosen.option.strategy
+    ]
+    if not fitting:
+        return "nothing else fits"
+    fastest = min(other.time.total_s for other in fitting)
+    if fastest < choice.chosen.time.total_s:
+        return "the simplest of those that are as fast as any"
+    return "the fastest that fits"
 
 
 def _no_multiple(number: int, unit: int, what: str) -> str:

@@ -11,6 +11,7 @@ from launcher.memory import Memory
 from launcher.modelshape import ModelShape
 from launcher.recipe import Recipe
 from launcher.remotecode import RemoteCode
+from launcher.steptime import StepTime
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 Batching = Literal["padded", "bucketed", "packed"]
@@ -27,6 +28,19 @@ class Decision(BaseModel):
     because: str
 
 
+class Alternative(BaseModel):
+    """A way to train that was priced: seconds of a step with all rows at their longest, bytes of the fullest device."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    strategy: str
+    gradient_checkpointing: bool
+    micro_batch: int
+    step_s: float
+    memory_bytes: int
+    fits: bool
+
+
 class Plan(BaseModel):
     """All that a run is, before it starts.
 
@@ -35,6 +49,8 @@ class Plan(BaseModel):
         targets: module names that get an adapter; `all-linear`; or empty for full training.
         micro_batch, accumulation, global_batch: rows; global = num_processes × micro × accumulation.
         memory: bytes of one device, the fullest.
+        time: seconds of a step with every row at data.max_length.
+        alternatives: the chosen way, then the best of every other kind that was open.
         code: the model's own .py files that are executed; None for none, and where they have not been fetched yet.
         resume_from: checkpoint folder below the run directory, None for a fresh start.
     """
@@ -59,6 +75,8 @@ class Plan(BaseModel):
     gradient_checkpointing: bool
     batching: Batching
     memory: Memory
+    time: StepTime
+    alternatives: tuple[Alternative, ...]
     decisions: tuple[Decision, ...]
     code: RemoteCode | None = None
     resume_from: str | None = None

@@ -1,0 +1,255 @@
+"""In: how a model is trained, and what its devices can do. Out: `StepTime`, seconds of one optimizer step, in parts. Pure.
+
+A roofline by kind of layer: a matrix product takes the longer of its arithmetic at a fraction of the card's peak and its
+bytes at a fraction of the card's bandwidth; norms, activations and the loss are bytes alone; and what the GPU does in less time
+than Python needs to ask for it takes that. Collectives go at the speed of the slowest link of the ring. The fractions are one
+number for a class of cards; `Speed.basis` says whether it was measured or assumed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict
+
+from launcher.cluster import Cluster, Device, card_of
+from launcher.families import family
+from launcher.memory import MemoryRequest
+from launcher.modelshape import ModelShape, adapted_in_a_layer
+from launcher.recipe.schema import Adapter
+
+# Share of the peak that matrix products of a training step reach, by compute capability. None was measured on such a card by
+# `benchmarks/step_time.py` yet: they are what public reports of training with PyTorch come to, and marked as assumed.
+_ASSUMED_FRACTION = {"7.0": 0.45, "7.5": 0.45, "8.0": 0.5, "8.6": 0.6, "8.9": 0.55, "9.0": 0.4, "12.0": 0.5}
+_FRACTION_OTHERWISE = 0.45
+_BANDWIDTH_FRACTION = 0.75  # of the nominal figure, for reading and writing long tensors
+_LINK_FRACTION = {"nvlink": 0.75, "pcie": 0.5}  # PCIe: consumer cards copy through host memory
+_NETWORK_BYTES_S = 12.5e9  # between hosts, where nothing else is known: 100 Gbit/s
+_PCIE_BYTES_S = 12e9  # to host memory, for what is offloaded
+_HOST_BANDWIDTH = 40e9  # bytes/s of an optimizer step in host memory
+# A core with AVX2 or better, as benchmarks/step_time.py measures it: large fp32 products, and copies.
+_CORE_FLOPS, _CORE_BANDWIDTH = 9.0e10, 1.5e10
+_CPU_FRACTION = 0.7
+# Python, autograd and PEFT between two kernels, and the operations of a layer and of an adapted module, forward.
+_SECONDS_PER_OP: dict[str, float] = {"cuda": 7e-6, "cpu": 12e-6}
+_OPS_PER_LAYER, _OPS_PER_ADAPTER = 36, 7
+_ACTIVE_EXPERTS = 2  # Mixtral's num_experts_per_tok
+_UNKNOWN_FLOPS, _UNKNOWN_BANDWIDTH = 30e12, 400e9  # a card that gpus.yaml does not have
+
+
+class StepTime(BaseModel):
+    """Seconds of one optimizer step with every row at the longest length, in parts that follow one another.
+
+    Args:
+        tokens: of that step over all ranks, padding and all.
+        basis: the fraction of which peak was taken, and whether that was measured.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    forward_s: float
+    backward_s: float
+    recompute_s: float
+    optimizer_s: float
+    communication_s: float
+    tokens: int
+    basis: str
+
+    @property
+    def total_s(self) -> float:
+        """All parts together."""
+        return sum(self.parts().values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all ranks."""
+        return self.tokens / self.total_s
+
+    def parts(self) -> dict[str, float]:
+        """The parts by the word for each."""
+        return {name.removesuffix("_s"): value for name, value in self if name.endswith("_s")}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one rank can count on: FLOP/s of matrix products, bytes/s of its memory and of the slowest link to its neighbours."""
+
+    flops: float
+    bandwidth: float
+    link: float
+    seconds_per_op: float
+    basis: str
+
+
+def speed_of(device: Device, cluster: Cluster, dtype: str) -> Speed:
+    """The speed of a device as part of a cluster, computing in `dtype`."""
+    if device.kind == "cpu":
+        cores = max(1, device.cores)
+        basis = f"{_CPU_FRACTION:.0%} of {cores} × {_CORE_FLOPS / 1e9:.0f} GFLOP/s, measured on an EPYC"
+        bandwidth = cores * _CORE_BANDWIDTH
+        return Speed(cores * _CORE_FLOPS * _CPU_FRACTION, bandwidth, bandwidth / 4, _SECONDS_PER_OP["cpu"], basis)
+    known = card_of(device)
+    if known is None:
+        basis = f"{device.name} is not in gpus.yaml: {_UNKNOWN_FLOPS / 1e12:.0f} TFLOP/s assumed"
+        link = _PCIE_BYTES_S
+        return Speed(_UNKNOWN_FLOPS * 0.5, _UNKNOWN_BANDWIDTH, link, _SECONDS_PER_OP["cuda"], basis)
+    # fp32 runs as tf32 on the tensor cores only where somebody asks for it; the shaders do a quarter of fp16 or less.
+    peak = {"bf16": known.bf16 or known.fp16, "fp16": known.fp16}.get(dtype, known.fp16 / 8) * 1e12
+    fraction = _ASSUMED_FRACTION.get(known.capability, _FRACTION_OTHERWISE)
+    link = known.link_gb_s * 1e9 * _LINK_FRACTION[known.link]
+    if cluster.num_nodes > 1:
+        link = min(link, _NETWORK_BYTES_S)
+    basis = f"{fraction:.0%} of {peak / 1e12:.0f} TFLOP/s, assumed for {known.name}"
+    bandwidth = known.bandwidth_gb_s * 1e9 * _BANDWIDTH_FRACTION
+    return Speed(peak * fraction, bandwidth, link, _SECONDS_PER_OP["cuda"], basis)
+
+
+def step_time(request: MemoryRequest, speed: Speed, accumulation: int, num_replicas: int) -> StepTime:
+    """The time of one optimizer step.
+
+    Args:
+        accumulation: micro batches of a rank in a step.
+        num_replicas: ranks that each work on rows of their own.
+    """
+    layers = request.shape.num_layers
+    forward, backward = _layer(request, speed)
+    loss_forward, loss_backward = _head_and_loss(request, speed)
+    ops = layers * (_OPS_PER_LAYER + _OPS_PER_ADAPTER * len(_adapted(request))) * speed.seconds_per_op
+    recompute = max(layers * forward, ops) if request.gradient_checkpointing else 0.0
+    whole_forward = max(layers * forward + loss_forward, ops)
+    whole_backward = max(layers * backward + loss_backward, 1.5 * ops)
+    exposed = _communication(request, speed, accumulation, whole_forward + recompute + whole_backward)
+    return StepTime(
+        forward_s=accumulation * whole_forward,
+        backward_s=accumulation * whole_backward,
+        recompute_s=accumulation * recompute,
+        optimizer_s=_optimizer(request, speed),
+        communication_s=exposed,
+        tokens=request.num_tokens * accumulation * num_replicas,
+        basis=speed.basis,
+    )
+
+
+def _layer(request: MemoryRequest, speed: Speed) -> tuple[float, float]:
+    """Seconds of one layer, forward and backward."""
+    forward = backward = 0.0
+    adapted = _adapted(request)
+    for name, (in_features, out_features) in request.shape.linears.items():
+        once = _product(request, speed, in_features, out_features)
+        forward += once + _dequantize(request, speed, in_features * out_features)
+        # Backward: the gradient of the input, and of the weight where it is trained.
+        backward += once * (2 if request.full else 1) + _dequantize(request, speed, in_features * out_features)
+        if name in adapted:
+            extra = _adapter(request, speed, in_features, out_features)
+            forward += extra
+            backward += 2 * extra
+    experts_forward, experts_backward = _experts(request, speed)
+    attention = _attention(request, speed)
+    elementwise = request.num_tokens * _elementwise_bytes(request.shape, request.compute_dtype_bytes) / speed.bandwidth
+    # Flash attention's backward pass computes the scores again: 2.5 times the products of the forward pass.
+    return (
+        forward + experts_forward + attention + elementwise,
+        backward + experts_backward + 2.5 * attention + 1.5 * elementwise,
+    )
+
+
+def _product(request: MemoryRequest, speed: Speed, in_features: int, out_features: int) -> float:
+    """Seconds of (tokens, in) × (in, out): two operations an element, or its bytes."""
+    tokens, size = request.num_tokens, request.compute_dtype_bytes
+    flops = 2 * tokens * in_features * out_features
+    moved = size * (in_features * out_features + tokens * (in_features + out_features))
+    return max(flops / speed.flops, moved / speed.bandwidth)
+
+
+def _dequantize(request: MemoryRequest, speed: Speed, elements: int) -> float:
+    """Seconds in which a quantized weight is written out in the precision of the computation."""
+    stored = {"none": 0.0, "int8": 1.0, "nf4": 0.5}[request.quantization]
+    return elements * (stored + request.compute_dtype_bytes) / speed.bandwidth if stored else 0.0
+
+
+def _adapter(request: MemoryRequest, speed: Speed, in_features: int, out_features: int) -> float:
+    """Seconds of LoRA's two thin products: the bytes of input (twice under dropout), of the result and of the sum."""
+    adapter = request.adapter or Adapter()
+    reads = (2 if adapter.dropout else 1) * in_features + 3 * out_features
+    return request.num_tokens * reads * request.compute_dtype_bytes / speed.bandwidth
+
+
+def _experts(request: MemoryRequest, speed: Speed) -> tuple[float, float]:
+    """Seconds of fused experts, which are no linear layers: the parameters that a token passes."""
+    shape = request.shape
+    if "mlp.experts" not in shape.modules:
+        return 0.0, 0.0
+    active = _ACTIVE_EXPERTS * 3 * shape.hidden_size * shape.intermediate_size
+    forward = 2 * request.num_tokens * active / speed.flops
+    return forward, forward * (2 if request.full else 1)
+
+
+def _attention(request: MemoryRequest, speed: Speed) -> float:
+    """Seconds of scores and their product with the values, forward: half of them are masked, and kernels skip those."""
+    shape = request.shape
+    width = shape.num_heads * shape.head_dim
+    flops = 4 * request.num_tokens * request.sequence_length * width
+    if not family(shape.family).eager_attention:
+        return flops / 2 / speed.flops
+    # Written out: every score is computed, and read and written about four times (product, mask, fp32 softmax, cast).
+    scores = request.num_tokens * request.sequence_length * shape.num_heads
+    return flops / speed.flops + scores * 4 * (request.compute_dtype_bytes + 4) / speed.bandwidth
+
+
+def _elementwise_bytes(shape: ModelShape, size: int) -> int:
+    """Bytes that norms, rotary embedding, residuals and the activation of one layer move, a token."""
+    norms = 2 * shape.hidden_size * (6 * 4 + 2 * size)  # in fp32: square, mean, product, cast
+    residuals = 2 * shape.hidden_size * 3 * size
+    rotary = (shape.num_heads + shape.num_kv_heads) * shape.head_dim * 6 * size
+    return norms + residuals + rotary + shape.intermediate_size * 5 * size
+
+
+def _head_and_loss(request: MemoryRequest, speed: Speed) -> tuple[float, float]:
+    """Seconds of the head's product and of cross entropy over the vocabulary in fp32."""
+    shape = request.shape
+    product = _product(request, speed, shape.hidden_size, shape.vocab_size)
+    scores = request.num_tokens * shape.vocab_size / speed.bandwidth
+    size = request.compute_dtype_bytes
+    # Forward: cast, log-softmax (read and written), the picked one; backward: its gradient, the cast back.
+    return product + scores * (size + 4 * 4), product * (2 if request.full else 1) + scores * (4 * 3 + size)
+
+
+def _optimizer(request: MemoryRequest, speed: Speed) -> float:
+    """AdamW reads parameter, gradient and two moments and writes three of them, in fp32; in host memory where it is offloaded."""
+    shards = request.num_processes if request.strategy in ("zero1", "zero2", "zero3", "fsdp") else 1
+    elements = request.trainable_parameters / shards
+    if request.offload != "none":
+        return elements * (28 / _HOST_BANDWIDTH + 4 / _PCIE_BYTES_S)
+    return elements * 28 / speed.bandwidth
+
+
+def _communication(request: MemoryRequest, speed: Speed, accumulation: int, computing: float) -> float:
+    """Seconds in which collectives are not hidden behind a micro batch's computation of `computing` seconds.
+
+    Volumes of a ring, a rank: all-reduce 2 (n - 1) / n, all-gather and reduce-scatter (n - 1) / n of the bytes.
+    """
+    num = request.num_processes
+    if num == 1 or request.strategy in ("single", "device_map"):
+        return 0.0
+    ring = (num - 1) / num / speed.link
+    # Gradients and gathered weights travel in the precision they have on the device: adapters in fp32.
+    trained = request.trainable_parameters * (request.weights_dtype_bytes if request.full else 4)
+    latency = 20e-6 * math.sqrt(num) * request.shape.num_layers
+    if request.strategy == "ddp":
+        return max(latency, 2 * ring * trained - 0.6 * computing)
+    if request.strategy in ("zero1", "zero2"):
+        # The second stage reduces after every micro batch; then the new weights are gathered once.
+        reductions = accumulation if request.strategy == "zero2" else 1
+        return max(latency, reductions * (ring * trained - 0.6 * computing)) + ring * trained
+    weights = request.shape.num_parameters * request.weights_dtype_bytes
+    gathered = ring * 2 * weights + ring * trained
+    if request.offload == "parameters":
+        gathered += 2 * weights / num / _PCIE_BYTES_S
+    # Forward and backward gather each layer while the one before it computes; a tenth is never hidden.
+    return accumulation * (max(gathered - computing, 0.1 * gathered) + 3 * latency)
+
+
+def _adapted(request: MemoryRequest) -> set[str]:
+    """Names of the linear layers of a layer that have an adapter."""
+    return set() if request.full else adapted_in_a_layer(request.shape, (request.adapter or Adapter()).targets)
