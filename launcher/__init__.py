@@ -12,12 +12,14 @@
     memory       bytes of a device, in parts
     steptime     seconds of a step, in parts
     plan/        (Recipe, Cluster, ModelShape) -> Plan
+    explain      where the value of a key comes from
     command      Plan -> what each node starts
     preflight    Plan and this machine -> findings
     report       files of a run -> what happened
     supervise    start, follow, stop
     foreground   chat and export, with this terminal
     show         all of it -> what a person reads
+    start        recipe and flags -> plan -> a run carried out
     cli          verbs
     worker/      torch side: executes a Plan (prepare, model, adapters, data/, training, checkpoint, metrics, chat, export)
 

@@ -10,21 +10,15 @@ import errno
 import os
 import re
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
-from launcher import __version__
+from launcher import __version__, start
 from launcher.errors import LaunchError, PreflightError, UsageError
-
-if TYPE_CHECKING:
-    from launcher.plan import Plan
-    from launcher.recipe import LoadedRecipe
-    from launcher.rundir import RunDir
-
+from launcher.start import Where
 
 # What a disk says that is full or may not be written; on the control side only the run directory is written to.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT)
@@ -60,6 +54,9 @@ overrides_argument = click.argument("overrides", nargs=-1, metavar="[key.path=va
 nproc_option = click.option(
     "--nproc", type=click.IntRange(min=1), help="Number of processes, where not all devices are wanted."
 )
+hostfile_option = click.option(
+    "--hostfile", help="Hosts and their slots, in DeepSpeed's format; `hardware` is then what each host has."
+)
 run_argument = click.argument("run_dir", metavar="RUN")
 
 
@@ -67,47 +64,67 @@ run_argument = click.argument("run_dir", metavar="RUN")
 @recipe_argument
 @overrides_argument
 @nproc_option
+@hostfile_option
 @click.option("--run-dir", help="The run directory (the same as launch.run_dir=DIR).")
 @click.option("--dry-run", is_flag=True, help="Print the commands that would be started, and stop.")
-def run(recipe: str, overrides: tuple[str, ...], nproc: int | None, run_dir: str | None, dry_run: bool) -> None:
+def run(
+    recipe: str, overrides: tuple[str, ...], nproc: int | None, hostfile: str | None, run_dir: str | None, dry_run: bool
+) -> None:
     """Train: plan, prepare, start the ranks, follow them to the end."""
     if run_dir is not None:
         overrides = (*overrides, f"launch.run_dir={run_dir}")
-    loaded, plan = _plan(recipe, overrides, nproc)
-    where = _new_run_dir(loaded)
+    loaded, plan = start.plan_recipe(recipe, overrides, Where(nproc, hostfile))
+    where = start.new_run_dir(loaded)
     if dry_run:
         from launcher.command import node_commands, prepare_command
 
         for command in (prepare_command(plan, where), *node_commands(plan, where)):
             click.echo(str(command))
         return
-    _carry_out(loaded.recipe.checkpoint.resume == "auto", plan, where)
+    start.carry_out(loaded.recipe.checkpoint.resume == "auto", plan, where)
 
 
 @cli.command()
 @run_argument
 @overrides_argument
 @nproc_option
-def resume(run_dir: str, overrides: tuple[str, ...], nproc: int | None) -> None:
+@hostfile_option
+def resume(run_dir: str, overrides: tuple[str, ...], nproc: int | None, hostfile: str | None) -> None:
     """Go on from the newest valid checkpoint of a run."""
     from launcher.rundir import open_run
 
     where = open_run(run_dir)
-    _, plan = _plan(str(where.recipe), overrides, nproc, name=_name_of(where))
-    _carry_out(True, plan, where)
+    _, plan = start.plan_recipe(str(where.recipe), overrides, Where(nproc, hostfile), name=start.name_of(where))
+    start.carry_out(True, plan, where)
 
 
 @cli.command()
 @recipe_argument
 @overrides_argument
 @nproc_option
+@hostfile_option
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as the workers would read it.")
-def plan(recipe: str, overrides: tuple[str, ...], nproc: int | None, as_json: bool) -> None:
+@click.option(
+    "--explain", "key", metavar="KEY", help="Say where the value of one key comes from, such as train.micro_batch."
+)
+def plan(
+    recipe: str,
+    overrides: tuple[str, ...],
+    nproc: int | None,
+    hostfile: str | None,
+    as_json: bool,
+    key: str | None,
+) -> None:
     """Show what a recipe would do, and stop. Needs no GPU and no network."""
-    from launcher.show import console, show_plan
+    from launcher.show import console, line, show_plan
 
-    _, made = _plan(recipe, overrides, nproc)
-    if as_json:
+    loaded, made = start.plan_recipe(recipe, overrides, Where(nproc, hostfile))
+    if key is not None:
+        from launcher.explain import explain
+
+        for label, text in explain(loaded, made, key):
+            line(console(), label, text)
+    elif as_json:
         click.echo(made.model_dump_json(indent=1, by_alias=True))
     else:
         show_plan(console(), made)
@@ -117,13 +134,14 @@ def plan(recipe: str, overrides: tuple[str, ...], nproc: int | None, as_json: bo
 @recipe_argument
 @overrides_argument
 @nproc_option
-def check(recipe: str, overrides: tuple[str, ...], nproc: int | None) -> None:
+@hostfile_option
+def check(recipe: str, overrides: tuple[str, ...], nproc: int | None, hostfile: str | None) -> None:
     """Check a recipe, and whether this machine is ready for it."""
     from launcher import preflight
     from launcher.show import console, show_findings
 
-    loaded, made = _plan(recipe, overrides, nproc)
-    findings = preflight.check(made, _new_run_dir(loaded).path)
+    loaded, made = start.plan_recipe(recipe, overrides, Where(nproc, hostfile))
+    findings = preflight.check(made, start.new_run_dir(loaded).path)
     show_findings(console(), findings)
     preflight.require(findings, listed=True)
 
@@ -132,7 +150,8 @@ def check(recipe: str, overrides: tuple[str, ...], nproc: int | None) -> None:
 @recipe_argument
 @overrides_argument
 @nproc_option
-def prepare(recipe: str, overrides: tuple[str, ...], nproc: int | None) -> None:
+@hostfile_option
+def prepare(recipe: str, overrides: tuple[str, ...], nproc: int | None, hostfile: str | None) -> None:
     """Fetch the model and tokenise the data into the cache, without training."""
     import tempfile
 
@@ -140,7 +159,7 @@ def prepare(recipe: str, overrides: tuple[str, ...], nproc: int | None) -> None:
     from launcher.show import RunScreen, console
     from launcher.supervise import Supervisor
 
-    _, made = _plan(recipe, overrides, nproc)
+    _, made = start.plan_recipe(recipe, overrides, Where(nproc, hostfile))
     with tempfile.TemporaryDirectory(prefix="launch-prepare-") as folder:
         where = RunDir(Path(folder))
         where.create()
@@ -256,77 +275,6 @@ def runs(folder: str) -> None:
         loss = report.get("loss_last")
         steps = f"step {report.get('steps', 0)}/{report.get('max_steps', 0)}"
         click.echo(f"{path.parent}  {result}  {steps}{f'  loss {loss:.3f}' if loss is not None else ''}")
-
-
-def _plan(
-    recipe: str, overrides: Sequence[str], nproc: int | None, name: str | None = None
-) -> tuple[LoadedRecipe, Plan]:
-    """Recipe file and overrides -> checked recipe -> plan."""
-    from launcher.cluster import resolve_cluster
-    from launcher.modelshape import shape_of
-    from launcher.plan import make_plan
-    from launcher.recipe import find_recipe, load_recipe
-    from launcher.remotecode import planned_code
-
-    path = find_recipe(recipe)
-    loaded = load_recipe(path, overrides)
-    with loaded.locating():
-        cluster = resolve_cluster(loaded.recipe.hardware, nproc)
-        shape = shape_of(loaded.recipe.model, loaded.document.folder)
-        model, code = loaded.recipe.model, None
-        if shape.native is None:  # nothing of the code of a converted model is executed
-            model, code = planned_code(model, loaded.document.folder, path, shape.remote_code)
-        resolved = loaded.recipe.model_copy(update={"model": model})
-        return loaded, make_plan(name or loaded.name, resolved, cluster, shape, code)
-
-
-def _new_run_dir(loaded: LoadedRecipe) -> RunDir:
-    """launch.run_dir, or runs/<recipe>-<time>."""
-    from launcher.rundir import RunDir
-
-    asked = loaded.recipe.launch.run_dir
-    if asked is not None:
-        return RunDir(Path(asked))
-    base = Path.cwd() / "runs" / f"{loaded.name}-{time.strftime('%m%d-%H%M%S')}"
-    return RunDir(base)
-
-
-def _name_of(where: RunDir) -> str:
-    """The recipe's name that a run was started with."""
-    from launcher.rundir import read_json
-
-    return str((read_json(where.plan) or {}).get("name", where.path.name))
-
-
-def _carry_out(resuming: bool, made: Plan, where: RunDir) -> NoReturn:
-    """Check, write the run directory, supervise, say how it ended; never returns."""
-    from launcher import manifest, preflight, show
-    from launcher.supervise import Supervisor, continue_from, kept_where_refused, write_run
-
-    screen = show.console()
-    show.line(screen, made.name, show.summary(made))
-    show.line(screen, "plan", show.batch(made))
-    preflight.require(preflight.check(made, where.path))
-    if made.recipe.launch.run_dir is None and not resuming:
-        where = where.claimed()
-    where.create()
-    with where.locked():
-        if resuming:
-            chosen, skipped = manifest.newest_valid(where)
-            show.show_resume(screen, chosen, skipped, where.path)
-            made = continue_from(made, chosen)
-        screen_of_run = show.RunScreen(screen, made)
-        with kept_where_refused(where), contextlib.closing(screen_of_run):
-            write_run(made, where, resuming)
-            outcome = Supervisor(made, where, screen_of_run).carry_out()
-        if outcome.failure is None:
-            show.show_done(screen, made, outcome, where.path)
-        else:
-            newest, _ = manifest.newest_valid(where)
-            show.show_failure(
-                show.console(stderr=True), outcome.failure, where.path, newest.folder.name if newest else None
-            )
-    sys.exit(outcome.exit_code)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -105,6 +105,11 @@ def _strategy(plan: Plan) -> Iterator[Finding]:
             f"this version plans it but runs {' and '.join(_RUNS)} only",
             _instead(plan),
         )
+    if plan.cluster.num_nodes > 1:
+        hosts = f"{plan.cluster.num_nodes} hosts"
+        yield Finding(
+            "error", hosts, "this version plans several hosts but starts ranks on one", "leave --hostfile out"
+        )
     if plan.backend == "deepspeed":
         yield Finding(
             "error",

@@ -37,6 +37,7 @@ def _a_bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
     monkeypatch.setattr("launcher.cluster.machine.host_memory_bytes", lambda: 16 * GIB)
+    monkeypatch.setattr("launcher.cluster.machine.usable_cores", lambda: 2)
     monkeypatch.chdir(tmp_path)
 
 

@@ -14,7 +14,7 @@ from launcher.cluster.model import GIB, Device, Frozen
 from launcher.errors import UsageError
 
 # What nvidia-smi and people write around the part of a name that says which card it is.
-_NOISE = re.compile(r"^(nvidia|geforce|tesla|rtx|sxm\d*|pcie|hbm\d\w*|gpu)$")
+_NOISE = re.compile(r"^(nvidia|geforce|tesla|rtx|sxm\d*|pcie|generation|hbm\d\w*|gpu)$")
 
 
 class Card(Frozen):
@@ -81,7 +81,7 @@ def unknown_card(name: str, model: str, you_set: str) -> UsageError:
     if same:
         return UsageError(you_set, f"`{name}` is sold as {' and '.join(same)}", f"write `{same[-1]}`")
     by_model = {split_name(known)[0]: known for known in reversed(card_names())}
-    near = [by_model[close] for close in difflib.get_close_matches(model, by_model, n=2, cutoff=0.6)]
+    near = [by_model[close] for close in difflib.get_close_matches(model, by_model, n=3, cutoff=0.6)]
     to_type = (
         f"did you mean {' or '.join(f'`{known}`' for known in near)}?"
         if near

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from launcher.cluster.cards import matching, split_name, unknown_card
+from launcher.cluster.hostfile import Slots, read_hostfile
 from launcher.cluster.machine import cpu_cluster, nvidia_devices, usable_cores
 from launcher.cluster.model import GIB, MIB, Cluster, Device, Node
 from launcher.errors import UsageError
@@ -13,12 +14,19 @@ from launcher.errors import UsageError
 _UNIT_BYTES = {"mib": MIB, "gib": GIB, "mb": 10**6, "gb": 10**9}
 
 
-def resolve_cluster(hardware: str | tuple[str, ...], nproc: int | None = None) -> Cluster:
+def resolve_cluster(hardware: str | tuple[str, ...], nproc: int | None = None, hostfile: str | None = None) -> Cluster:
     """The cluster that `hardware:` names, cut to `nproc` processes (on a CPU: made of `nproc` ranks).
+
+    With a hostfile `hardware` is what each of its hosts has, of which it gives so many slots.
 
     Raises:
         UsageError: an unknown card, an unreadable item, or more processes than devices.
+        RecipeError: mistakes in the hostfile.
     """
+    if hostfile is not None:
+        if nproc is not None:
+            raise UsageError(f"--nproc {nproc}", "the hostfile says how many each host has", "leave --nproc out")
+        return _on_hosts(resolve_cluster(hardware), read_hostfile(hostfile), hostfile)
     if hardware == "auto":
         return this_machine(nproc)
     items = (hardware,) if isinstance(hardware, str) else hardware
@@ -37,6 +45,17 @@ def resolve_cluster(hardware: str | tuple[str, ...], nproc: int | None = None) -
         return cpu_cluster(nproc or sum(num for num, _ in parts), f"hardware: {shown}")
     devices = [device for num, device in parts for _ in range(num)]
     return _cut(devices, nproc, f"hardware: {shown}")
+
+
+def _on_hosts(each: Cluster, hosts: Sequence[Slots], hostfile: str) -> Cluster:
+    """A node for each host, with the first of these devices that its slots take."""
+    devices = each.devices
+    for slots in hosts:
+        if slots.num > len(devices):
+            found = f"{slots.host} has {slots.num} slots, {each.source} has {len(devices)} devices"
+            raise UsageError(slots.where, found, f"write {slots.host} slots={len(devices)}, or name other hardware")
+    nodes = [Node(host=slots.host, devices=devices[: slots.num]) for slots in hosts]
+    return Cluster(nodes=tuple(nodes), source=f"{each.source}, on the hosts of {hostfile}")
 
 
 def this_machine(nproc: int | None = None) -> Cluster:

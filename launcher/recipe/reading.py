@@ -209,7 +209,7 @@ def _message(key: str, details: list[Any]) -> str:
     if first["type"] == "extra_forbidden":
         return f"unknown key. {_did_you_mean_key(key)}"
     if first["type"] == "missing":
-        return f"is missing. {_describe(key)}"
+        return f"is missing. {description(key)}"
     expected = list(dict.fromkeys(_expectation(detail) for detail in details))
     message = f"expected {' or '.join(expected)}, found {_shown(first['input'])}."
     choices = [
@@ -219,7 +219,7 @@ def _message(key: str, details: list[Any]) -> str:
         for c in d["ctx"]["expected"].replace(" or ", ",").split(",")
     ]
     close = difflib.get_close_matches(str(first["input"]).lower(), choices, n=1)
-    return f"{message} Did you mean {close[0]}?" if close else f"{message} {_describe(key)}"
+    return f"{message} Did you mean {close[0]}?" if close else f"{message} {description(key)}"
 
 
 def _expectation(detail: Any) -> str:
@@ -244,7 +244,7 @@ def _shown(value: Any) -> str:
     )
 
 
-def _describe(key: str) -> str:
+def description(key: str) -> str:
     """The sentence of the field, to help where there is nothing to guess."""
     field: Any = None
     annotation: Any = Recipe
