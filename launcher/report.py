@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import manifest
-from launcher.plan import Plan
+from launcher.plan import Plan, time_of_rows
 from launcher.rundir import RunDir, read_events, read_json, write_json
 
 # What the other ranks say when one has gone: true of them, but not the cause.
@@ -291,6 +291,13 @@ def numbers(run: RunDir, seconds: dict[str, float]) -> Numbers:
     )
 
 
+def predicted_speed(plan: Plan, run: RunDir) -> float | None:
+    """Tokens a second that the plan expects of rows as long as they are; None before they have been counted."""
+    counted = (read_json(run.prepared) or {}).get("report") or {}
+    length = counted.get("length_mean")
+    return round(time_of_rows(plan, float(length)).tokens_per_second, 1) if length else None
+
+
 def write_report(run: RunDir, plan: Plan, exit_code: int, story: Numbers, failure: Failure | None) -> None:
     """Write report.json."""
     prepared = read_json(run.prepared) or {}
@@ -304,6 +311,7 @@ def write_report(run: RunDir, plan: Plan, exit_code: int, story: Numbers, failur
             "result": "done" if exit_code == 0 else "interrupted" if exit_code == InterruptedCode else "failed",
             **asdict(story),
             "memory_predicted_bytes": plan.memory.total_bytes,
+            "tokens_per_second_predicted": predicted_speed(plan, run),
             "data": prepared.get("report"),
             "checkpoints": [folder.name for folder in checkpoints],
             "best_checkpoint": best[0][1].name if best else None,

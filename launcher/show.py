@@ -15,10 +15,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from launcher.manifest import Verdict
-from launcher.plan import Alternative, Plan, budget_bytes, steps_per_epoch, total_steps
+from launcher.plan import Alternative, Plan, budget_bytes, steps_per_epoch, time_of_rows, total_steps
 from launcher.preflight import Finding
 from launcher.remotecode import RemoteCode, Trusted
-from launcher.report import Failure, last_lines
+from launcher.report import Failure, last_lines, predicted_speed
+from launcher.rundir import RunDir
 from launcher.supervise import Outcome
 
 GIB = 2**30
@@ -48,6 +49,14 @@ def count(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `14 min`, `3 h 20 min`, for an estimate."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{max(1, round(seconds))} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def summary(plan: Plan) -> str:
@@ -239,7 +248,9 @@ class RunScreen:
         where = f" ({', '.join(cut)} at {self.plan.recipe.data.max_length} tokens)" if cut else ""
         line(self.screen, "prepare", f"{text}{where}   {event['seconds']:.1f} s")
         steps = total_steps(self.plan, report["train_rows"])
-        line(self.screen, "", f"{steps_per_epoch(self.plan, report['train_rows']):,} steps an epoch, {steps:,} in all")
+        about = duration(steps * time_of_rows(self.plan, report["length_mean"]).total_s)
+        an_epoch = steps_per_epoch(self.plan, report["train_rows"])
+        line(self.screen, "", f"{an_epoch:,} steps an epoch, {steps:,} in all; about {about} of training")
 
     def _has(self, what: str, event: dict[str, Any]) -> bool:
         if what == "native":
@@ -306,7 +317,9 @@ def show_done(screen: Console, plan: Plan, outcome: Outcome, run: Path) -> None:
     if story.eval_first is not None and story.eval_last is not None:
         parts.append(f"eval {story.eval_first:.2f} → {story.eval_last:.2f}")
     if story.tokens_per_second is not None:
-        parts.append(f"{story.tokens_per_second:,.0f} tok/s")
+        speed = predicted_speed(plan, RunDir(run))
+        expected = f" (predicted {speed:,.0f})" if speed is not None else ""
+        parts.append(f"{story.tokens_per_second:,.0f} tok/s{expected}")
     parts.append(f"{sum(story.seconds.get(name, 0) for name in ('prepare', 'all')):.0f} s")
     if story.memory_bytes is not None:
         parts.append(f"memory predicted {gib(plan.memory.total_bytes)}, measured {gib(story.memory_bytes)} GiB")

@@ -30,9 +30,9 @@ _PCIE_BYTES_S = 12e9  # to host memory, for what is offloaded
 _HOST_BANDWIDTH = 40e9  # bytes/s of an optimizer step in host memory
 # A core with AVX2 or better, as benchmarks/step_time.py measures it: large fp32 products, and copies.
 _CORE_FLOPS, _CORE_BANDWIDTH = 9.0e10, 1.5e10
-_CPU_FRACTION = 0.7
+_CPU_FRACTION = 0.85
 # Python, autograd and PEFT between two kernels, and the operations of a layer and of an adapted module, forward.
-_SECONDS_PER_OP: dict[str, float] = {"cuda": 7e-6, "cpu": 12e-6}
+_SECONDS_PER_OP: dict[str, float] = {"cuda": 7e-6, "cpu": 14e-6}
 _OPS_PER_LAYER, _OPS_PER_ADAPTER = 36, 7
 _ACTIVE_EXPERTS = 2  # Mixtral's num_experts_per_tok
 _UNKNOWN_FLOPS, _UNKNOWN_BANDWIDTH = 30e12, 400e9  # a card that gpus.yaml does not have

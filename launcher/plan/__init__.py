@@ -20,6 +20,7 @@ from launcher.plan.model import (
     total_steps,
 )
 from launcher.plan.remedies import does_not_fit
+from launcher.plan.searching import time_of_rows
 from launcher.recipe import Recipe
 from launcher.remotecode import RemoteCode
 
@@ -32,6 +33,7 @@ __all__ = [
     "lacking_bytes",
     "make_plan",
     "steps_per_epoch",
+    "time_of_rows",
     "total_steps",
 ]
 

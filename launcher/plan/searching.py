@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from launcher.cluster import Cluster, Device
 from launcher.memory import Memory, MemoryRequest, estimate
 from launcher.modelshape import ModelShape
-from launcher.plan.model import Alternative, Dtype, budget_bytes
+from launcher.plan.model import Alternative, Dtype, Plan, budget_bytes
 from launcher.recipe import Recipe
 from launcher.steptime import StepTime, speed_of, step_time
 
@@ -132,6 +132,14 @@ class Choice:
             )
             for candidate in (self.chosen, *self.others)
         )
+
+
+def time_of_rows(plan: Plan, length: float) -> StepTime:
+    """The time of a step of a plan whose rows have `length` tokens on average, as prepare found them."""
+    data = plan.recipe.data.model_copy(update={"max_length": max(1, round(length))})
+    recipe = plan.recipe.model_copy(update={"data": data})
+    question = Question(recipe, plan.cluster, plan.shape, plan.dtype, plan.trainable_parameters)
+    return question.price(Option(plan.strategy, plan.gradient_checkpointing, plan.micro_batch)).time
 
 
 def choose(question: Question, options: Sequence[Option]) -> Choice:
