@@ -11,6 +11,7 @@
     remotecode/  the .py files of a model -> found, looked at, pinned, staged
     memory       bytes of a device, in parts
     steptime     seconds of a step, in parts
+    placement    layers -> unlike devices
     plan/        (Recipe, Cluster, ModelShape) -> Plan
     explain      where the value of a key comes from
     command      Plan -> what each node starts

@@ -1,0 +1,140 @@
+"""launcher/placement.py: never over budget, equal to trying everything, quick enough."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from launcher.placement import Layers, Place, Placement, Schedule, place
+
+MICRO_BATCHES = 3
+
+
+def drawn(seed: int) -> tuple[Layers, list[Place]]:
+    """A small model and two to four unlike devices, tight enough that not everything fits everywhere."""
+    draw = random.Random(seed)
+    layers = Layers(
+        num=draw.randint(1, 7),
+        layer_bytes=draw.randint(5, 20),
+        kept_bytes=draw.randint(5, 30),
+        input_bytes=draw.randint(1, 4),
+        again_bytes=draw.randint(5, 30),
+        embedding_bytes=draw.randint(0, 20),
+        head_bytes=draw.randint(0, 20),
+        logits_bytes=draw.randint(0, 30),
+        ends_together=draw.random() < 0.3,
+    )
+    places = []
+    for _ in range(draw.randint(2, 4)):
+        keep = draw.randint(1, 9) / 4
+        places.append(
+            Place(
+                budget_bytes=draw.randint(30, 260),
+                keep_s=keep,
+                recompute_s=1.5 * keep,
+                embedding_s=draw.randint(0, 3) / 8,
+                head_s=draw.randint(0, 8) / 8,
+                hand_over_s=draw.choice([0.0, 0.125, 0.5]),
+            )
+        )
+    return layers, places
+
+
+def everything(layers: Layers, places: Sequence[Place], schedule: Schedule) -> Iterator[float]:
+    """Seconds of every placement that fits, written down a second time and tried one by one."""
+    for num_stages in range(1, len(places) + 1):
+        for order in itertools.permutations(places, num_stages):
+            for cuts in itertools.combinations_with_replacement(range(layers.num + 1), num_stages - 1):
+                sizes = [b - a for a, b in itertools.pairwise((0, *cuts, layers.num))]
+                for modes in itertools.product((False, True), repeat=num_stages):
+                    seconds = tried(layers, order, sizes, modes, schedule)
+                    if seconds is not None:
+                        yield seconds
+
+
+def tried(
+    layers: Layers, order: Sequence[Place], sizes: Sequence[int], modes: Sequence[bool], schedule: Schedule
+) -> float | None:
+    """Seconds of one placement, None where a device has too little memory."""
+    last, times = len(order) - 1, []
+    for at, (here, num, again) in enumerate(zip(order, sizes, modes, strict=True)):
+        if num == 0 and at not in (0, last):
+            return None
+        head_here = at == (0 if layers.ends_together else last)
+        flying = 1 if schedule == "naive" else min(last - at + 1, MICRO_BATCHES)
+        needed = num * (layers.layer_bytes + flying * (layers.input_bytes if again else layers.kept_bytes))
+        needed += layers.embedding_bytes if at == 0 else 0
+        needed += layers.head_bytes + layers.logits_bytes if head_here else 0
+        if again:
+            needed += max(0, layers.again_bytes - (layers.logits_bytes if head_here else 0))
+        if needed > here.budget_bytes:
+            return None
+        borders = (at > 0) + (at < last) + (last > 0 and layers.ends_together and at in (0, last))
+        times.append(
+            num * (here.recompute_s if again else here.keep_s)
+            + (here.embedding_s if at == 0 else 0)
+            + (here.head_s if head_here else 0)
+            + borders * here.hand_over_s
+        )
+    return sum(times) if schedule == "naive" else max(times)
+
+
+def check(found: Placement, layers: Layers, places: Sequence[Place], schedule: Schedule) -> None:
+    """A placement covers every layer once, in order, within every budget, and its seconds are what it costs."""
+    assert [stage.start for stage in found.stages[1:]] == [stage.stop for stage in found.stages[:-1]]
+    assert (found.stages[0].start, found.stages[-1].stop) == (0, layers.num)
+    assert len({stage.device for stage in found.stages}) == len(found.stages)
+    assert all(stage.memory_bytes <= places[stage.device].budget_bytes for stage in found.stages)
+    order = [places[stage.device] for stage in found.stages]
+    sizes = [stage.stop - stage.start for stage in found.stages]
+    seconds = tried(layers, order, sizes, [stage.recompute for stage in found.stages], schedule)
+    assert seconds == pytest.approx(found.seconds)
+
+
+@pytest.mark.parametrize("schedule", ["naive", "pipelined"])
+@pytest.mark.parametrize("block", range(4))
+def test_equal_to_trying_everything(schedule: Schedule, block: int) -> None:
+    fitted = 0
+    for seed in range(40 * block, 40 * block + 40):
+        layers, places = drawn(seed)
+        best = min(everything(layers, places, schedule), default=math.inf)
+        found = place(layers, places, schedule, MICRO_BATCHES)
+        assert (found is None) == (best == math.inf), seed
+        if found is not None:
+            fitted += 1
+            check(found, layers, places, schedule)
+            assert found.seconds == pytest.approx(best), seed
+    assert fitted > 10, "the drawn cases are not all hopeless"
+
+
+@pytest.mark.parametrize("schedule", ["naive", "pipelined"])
+def test_eighty_layers_on_eight_unlike_devices(schedule: Schedule) -> None:
+    layers = Layers(80, 900, 700, 16, 800, 500, 500, 300)
+    places = [Place(9_000 + 4_000 * n, 0.01 + 0.003 * n, 0.015 + 0.004 * n, 0.001, 0.01, 0.002) for n in range(8)]
+    found = place(layers, places, schedule, micro_batches=16)
+    assert found is not None
+    check_budgets = [stage.memory_bytes <= places[stage.device].budget_bytes for stage in found.stages]
+    assert all(check_budgets)
+
+
+def test_a_forced_mode_is_kept() -> None:
+    layers, places = Layers(4, 10, 30, 1, 30, 0, 0, 0), [Place(500, 1.0, 1.5, 0, 0, 0)] * 2
+    for mode in (False, True):
+        found = place(layers, places, "naive", recompute=mode)
+        assert found is not None
+        assert {stage.recompute for stage in found.stages} == {mode}
+
+
+def test_one_device_is_best_for_naive_where_all_fits_on_the_fastest() -> None:
+    layers = Layers(6, 10, 10, 1, 10, 5, 5, 5)
+    slow, fast = Place(1000, 2.0, 3.0, 0, 0, 0.1), Place(1000, 1.0, 1.5, 0, 0, 0.1)
+    naive = place(layers, [slow, fast], "naive")
+    assert naive is not None
+    assert [(stage.device, stage.stop) for stage in naive.stages] == [(1, 6)]
+    pipelined = place(layers, [slow, fast], "pipelined", 8)
+    assert pipelined is not None
+    assert sorted((stage.device, stage.stop - stage.start) for stage in pipelined.stages) == [(0, 2), (1, 4)]
