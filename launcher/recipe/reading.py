@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from launcher.errors import Problem, RecipeError
 from launcher.recipe.document import Document, read_document
 from launcher.recipe.rules import broken_rules
-from launcher.recipe.schema import Recipe, section_of
+from launcher.recipe.schema import Recipe, Section, section_of
 
 # What other tools call it -> what it is called here.
 _ELSEWHERE = {
@@ -64,6 +64,7 @@ _ELSEWHERE = {
     "master_port": "launch.port",
 }
 
+_A = {True: "A recipe", False: "Such a file"}
 _EXPECTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -92,7 +93,7 @@ class LoadedRecipe:
         try:
             yield
         except RecipeError as error:
-            raise _located(error.problems, self.document) from None
+            raise located(error.problems, self.document) from None
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -109,11 +110,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     try:
         recipe = Recipe.model_validate(document.values)
     except ValidationError as error:
-        problems += _problems_of(error)
-        raise _located([*problems, *_rules_of_sound_sections(document, problems)], document) from None
+        problems += problems_of(error)
+        raise located([*problems, *_rules_of_sound_sections(document, problems)], document) from None
     problems += broken_rules(recipe)
     if problems:
-        raise _located(problems, document)
+        raise located(problems, document)
     return LoadedRecipe(name=path.stem, recipe=with_absolute_paths(recipe, document), document=document)
 
 
@@ -157,7 +158,7 @@ def with_absolute_paths(recipe: Recipe, document: Document) -> Recipe:
     return recipe.model_copy(update={"model": model, "data": data, "launch": launch})
 
 
-def _located(problems: Sequence[Problem], document: Document) -> RecipeError:
+def located(problems: Sequence[Problem], document: Document) -> RecipeError:
     placed = [problem if problem.where else replace(problem, where=document.place(problem.key)) for problem in problems]
     return RecipeError(sorted(placed, key=lambda problem: _line_and_column(problem.where)))
 
@@ -170,24 +171,24 @@ def _line_and_column(where: str) -> tuple[int, int]:
     return 10**9, 0
 
 
-def _problems_of(error: ValidationError) -> list[Problem]:
-    """One problem a key, from pydantic's one error per alternative of a union."""
+def problems_of(error: ValidationError, root: type[Section] = Recipe) -> list[Problem]:
+    """One problem a key of `root`, from pydantic's one error per alternative of a union."""
     grouped: dict[str, list[Any]] = {}
     for detail in error.errors(include_url=False):
-        key = _key_of(detail["loc"])
+        key = _key_of(detail["loc"], root)
         if detail["type"] in ("extra_forbidden", "missing"):
             key = ".".join(str(part) for part in detail["loc"])
         grouped.setdefault(key, []).append(detail)
     # Where an item of a list is wrong, that the list is no text either says nothing new.
     lists = {key.rpartition(".")[0] for key in grouped if key.rpartition(".")[2].isdigit()}
     grouped = {key: details for key, details in grouped.items() if key not in lists}
-    return [Problem(key, _message(key, details)) for key, details in grouped.items()]
+    return [Problem(key, _message(key, details, root)) for key, details in grouped.items()]
 
 
-def _key_of(loc: tuple[int | str, ...]) -> str:
+def _key_of(loc: tuple[int | str, ...], root: type[Section]) -> str:
     """The dotted key of an error: without the names pydantic adds for the alternatives of a union."""
     parts: list[str] = []
-    section: Any = Recipe
+    section: Any = root
     for part in loc:
         fields = _fields_of(section)
         if part in fields:
@@ -204,12 +205,12 @@ def _fields_of(annotation: Any) -> dict[str, Any]:
     return {field.alias or name: field for name, field in section.model_fields.items()} if section else {}
 
 
-def _message(key: str, details: list[Any]) -> str:
+def _message(key: str, details: list[Any], root: type[Section]) -> str:
     first = details[0]
     if first["type"] == "extra_forbidden":
-        return f"unknown key. {_did_you_mean_key(key)}"
+        return f"unknown key. {_did_you_mean_key(key, root)}"
     if first["type"] == "missing":
-        return f"is missing. {description(key)}"
+        return f"is missing. {description(key, root)}"
     expected = list(dict.fromkeys(_expectation(detail) for detail in details))
     message = f"expected {' or '.join(expected)}, found {_shown(first['input'])}."
     choices = [
@@ -219,7 +220,7 @@ def _message(key: str, details: list[Any]) -> str:
         for c in d["ctx"]["expected"].replace(" or ", ",").split(",")
     ]
     close = difflib.get_close_matches(str(first["input"]).lower(), choices, n=1)
-    return f"{message} Did you mean {close[0]}?" if close else f"{message} {description(key)}"
+    return f"{message} Did you mean {close[0]}?" if close else f"{message} {description(key, root)}"
 
 
 def _expectation(detail: Any) -> str:
@@ -244,36 +245,36 @@ def _shown(value: Any) -> str:
     )
 
 
-def description(key: str) -> str:
+def description(key: str, root: type[Section] = Recipe) -> str:
     """The sentence of the field, to help where there is nothing to guess."""
     field: Any = None
-    annotation: Any = Recipe
+    annotation: Any = root
     for part in key.split("."):
         field = _fields_of(annotation).get(part, field)
         annotation = getattr(field, "annotation", None)
     return str(field.description) if field is not None else ""
 
 
-def _did_you_mean_key(key: str) -> str:
+def _did_you_mean_key(key: str, root: type[Section]) -> str:
     parent, _, name = key.rpartition(".")
-    if name in _ELSEWHERE:
+    if root is Recipe and name in _ELSEWHERE:
         return f"Did you mean {_ELSEWHERE[name]}?"
-    if key in all_keys():  # written with a dot, which is for the command line
+    if key in all_keys(root):  # written with a dot, which is for the command line
         return f"In a file write {name} inside of {parent}"
-    annotation: Any = Recipe
+    annotation: Any = root
     for part in parent.split(".") if parent else []:
         section = _fields_of(annotation).get(part)
         if section is None:
-            return f"A recipe has: {', '.join(_fields_of(Recipe))}"
+            return f"A recipe has: {', '.join(_fields_of(root))}"
         annotation = section.annotation
     siblings = _fields_of(annotation)
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
     if close:
         return f"Did you mean {f'{parent}.' if parent else ''}{close[0]}?"
-    elsewhere = [full for full in all_keys() if full.rpartition(".")[2] == name]
+    elsewhere = [full for full in all_keys(root) if full.rpartition(".")[2] == name]
     if elsewhere:
         return f"Did you mean {elsewhere[0]}?"
-    return f"{parent or 'A recipe'} has: {', '.join(siblings)}"
+    return f"{parent or _A[root is Recipe]} has: {', '.join(siblings)}"
 
 
 def all_keys(section: Any = Recipe, prefix: str = "") -> list[str]:
