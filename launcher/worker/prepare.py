@@ -33,7 +33,7 @@ from launcher.worker.pulse import die_with_parent
 
 # Part of every key: raise it when the same input no longer gives the same folder.
 _FORMAT = 2
-_FORMAT_NATIVE = 1  # the same for converted models alone
+_FORMAT_NATIVE = 2  # the same for converted models alone
 _TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
