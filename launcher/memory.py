@@ -30,7 +30,6 @@ _QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
 _ADAPTER_DTYPE_BYTES = 4  # PEFT keeps adapters in fp32 over a half-precision base
 # A CUDA kernel keeps the mask of dropout as one byte a value; on a CPU it is the fp32 noise that was multiplied.
 _DROPOUT_MASK_BYTES = {"cuda": 1, "cpu": 4}
-_ACTIVE_EXPERTS = 2  # Mixtral's num_experts_per_tok
 _ZERO_BUCKET_ELEMENTS = 5 * 10**8  # DeepSpeed's own default for reduce_bucket_size
 
 
@@ -187,8 +186,7 @@ def layer_bytes_per_token(request: MemoryRequest) -> int:
     attention = 4 * q_size * value_bytes + 4 * shape.num_heads
     if family(shape.family).eager_attention:
         attention += shape.num_heads * request.sequence_length * (4 if value_bytes == 4 else 4 + value_bytes)
-    active = _ACTIVE_EXPERTS if "mlp.experts" in shape.modules else 1
-    mlp = active * shape.mlp_tensors * shape.intermediate_size * value_bytes
+    mlp = shape.mlp_tensors * shape.mlp_width * value_bytes
     return norms + attention + mlp + _kept_inputs_bytes(request)
 
 

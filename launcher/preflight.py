@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typing import Any, Literal
 
 from launcher.cluster import Cluster, found_on_this_machine
 from launcher.errors import PreflightError
+from launcher.families import family
 from launcher.modelshape.files import cached_snapshot
 from launcher.plan import Plan
 
@@ -56,6 +58,7 @@ def check(plan: Plan, run_dir: Path) -> list[Finding]:
         *_data(plan),
         *_model(plan),
         *_code(plan),
+        *_code_versions(plan),
         *_packages(plan),
         *_disk(plan, run_dir),
         *_port(plan),
@@ -224,6 +227,23 @@ def _code(plan: Plan) -> Iterator[Finding]:
         found = "is not here yet, so nobody can have looked at it"
         to_type = "fetch it: launch prepare RECIPE; then look at it and pin it: launch trust RECIPE"
         yield Finding("warning", f"code of {plan.shape.name}", found, to_type)
+
+
+def _code_versions(plan: Plan) -> Iterator[Finding]:
+    """A family's own code on a transformers that it was not written for."""
+    known = family(plan.shape.family).code_versions
+    if not plan.shape.remote_code or known is None or importlib.util.find_spec("transformers") is None:
+        return
+    here = importlib.metadata.version("transformers")
+    if not _version(known[0]) <= _version(here) <= _version(known[1]):
+        found = f"runs unchanged on transformers {known[0]} to {known[1]}; {here} is installed"
+        to_type = "nothing: prepare tries it before any rank starts; what is known of it is in docs/families.md"
+        yield Finding("warning", f"code of {plan.shape.name}", found, to_type)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """The numbers of a version, without what a release candidate adds."""
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
 
 
 def _packages(plan: Plan) -> Iterator[Finding]:

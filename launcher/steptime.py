@@ -34,7 +34,6 @@ _CPU_FRACTION = 0.85
 # Python, autograd and PEFT between two kernels, and the operations of a layer and of an adapted module, forward.
 _SECONDS_PER_OP: dict[str, float] = {"cuda": 7e-6, "cpu": 14e-6}
 _OPS_PER_LAYER, _OPS_PER_ADAPTER = 36, 7
-_ACTIVE_EXPERTS = 2  # Mixtral's num_experts_per_tok
 _UNKNOWN_FLOPS, _UNKNOWN_BANDWIDTH = 30e12, 400e9  # a card that gpus.yaml does not have
 
 
@@ -180,7 +179,8 @@ def _experts(request: MemoryRequest, speed: Speed) -> tuple[float, float]:
     shape = request.shape
     if "mlp.experts" not in shape.modules:
         return 0.0, 0.0
-    active = _ACTIVE_EXPERTS * 3 * shape.hidden_size * shape.intermediate_size
+    shared, _ = shape.linears.get("mlp.shared_expert.down_proj", (0, 0))
+    active = 3 * shape.hidden_size * (shape.mlp_width - shared)
     forward = 2 * request.num_tokens * active / speed.flops
     return forward, forward * (2 if request.full else 1)
 
@@ -202,7 +202,7 @@ def _elementwise_bytes(shape: ModelShape, size: int) -> int:
     norms = 2 * shape.hidden_size * (6 * 4 + 2 * size)  # in fp32: square, mean, product, cast
     residuals = 2 * shape.hidden_size * 3 * size
     rotary = (shape.num_heads + shape.num_kv_heads) * shape.head_dim * 6 * size
-    return norms + residuals + rotary + shape.intermediate_size * 5 * size
+    return norms + residuals + rotary + shape.mlp_width * 5 * size
 
 
 def _head_and_loss(request: MemoryRequest, speed: Speed) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from launcher.errors import UsageError
-from launcher.families import Family, Special, family, family_names, family_of, template, template_names
+from launcher.families import Family, Special, family, family_names, family_of, former_of, template, template_names
 
 ASK = {"role": "user", "content": "Add."}
 ASK_INPUT = {"role": "user", "content": "Add.", "input": "1 and 2"}
@@ -18,7 +18,18 @@ SYSTEM = {"role": "system", "content": "Be brief."}
     ("config", "name"),
     [
         ({"model_type": "llama"}, "llama"),
-        ({"model_type": "RefinedWeb"}, "falcon"),
+        ({"model_type": "qwen3_moe"}, "qwen3_moe"),
+        (
+            {"model_type": "novel", "auto_map": {"AutoModelForCausalLM": "modeling_baichuan.BaichuanForCausalLM"}},
+            "baichuan",
+        ),
+        (
+            {"auto_map": {"AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration"}, "inner_hidden_size": 8},
+            "chatglm",
+        ),
+        ({"auto_map": {"AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration"}}, "chatglm2"),
+        ({"model_type": "llama", "auto_map": {"AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"}}, "llama"),
+        ({"model_type": "novel", "auto_map": {"AutoModelForCausalLM": "modeling_novel.NovelForCausalLM"}}, "unknown"),
         ({"model_type": "gemma3_text"}, "gemma3_text"),
         ({"model_type": "chatglm", "inner_hidden_size": 16384}, "chatglm"),
         ({"model_type": "chatglm", "position_encoding_2d": True}, "chatglm"),
@@ -52,9 +63,100 @@ def test_what_families_cannot_do_is_said():
     assert remote == {"chatglm", "chatglm2", "chatglm3", "baichuan", "internlm", "qwen", "xverse"}
 
 
-def test_every_family_names_a_template_that_exists():
+def test_every_family_names_templates_that_exist():
     for name in family_names():
-        assert template(family(name).template).name in template_names()
+        for named in (family(name).template, *family(name).chat.values()):
+            assert template(named).name in template_names()
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "chosen"),
+    [
+        ("baichuan", "baichuan-inc/Baichuan2-7B-Chat", "baichuan2-chat"),
+        ("baichuan", "./models/Baichuan-13B-Chat/", "baichuan-chat"),
+        ("baichuan", "baichuan-inc/Baichuan2-7B-Base", "alpaca"),
+        ("baichuan", "/chat/models/mine", "alpaca"),
+        ("internlm", "internlm/internlm-chat-7b", "internlm-chat"),
+        ("qwen", "Qwen/Qwen-1_8B-Chat", "qwen-chat"),
+        ("xverse", "xverse/XVERSE-13B-Chat", "xverse-chat"),
+        ("llama", "meta-llama/Llama-2-7b-chat-hf", "llama2-chat"),
+        ("llama", "01-ai/Yi-34B-Chat", "chatml"),
+        ("llama", "someone/vicuna-chat", "alpaca"),
+        ("chatglm3", "THUDM/chatglm3-6b", "chatglm3"),
+    ],
+)
+def test_a_chat_model_is_known_by_its_name(name, model, chosen):
+    assert family(name).template_for(model) == chosen
+
+
+def test_modules_that_have_to_lie_together():
+    # As the write-up with two unlike cards pins them: word embedding, rotary embedding, final norm, output layer.
+    assert family("chatglm2").pinned == (
+        "transformer.embedding.word_embeddings",
+        "transformer.rotary_pos_emb",
+        "transformer.encoder.final_layernorm",
+        "transformer.output_layer",
+    )
+    assert family("bloom").pinned[1] == "transformer.word_embeddings_layernorm"
+    assert "model.rotary_emb" not in family("baichuan").pinned  # its layers have one each
+
+
+def test_revisions_from_before_the_class_are_known():
+    assert (former_of("RefinedWebModel"), former_of("Yi"), former_of("phi-msft")) == ("falcon", "llama", "phi")
+    assert (former_of("llama"), former_of("mamba")) == (None, None)
+
+
+def test_versions_are_known_of_every_code_that_was_tried():
+    known = {name for name in family_names() if family(name).code_versions}
+    assert known == {name for name in family_names() if family(name).needs_remote_code} - {"xverse"}
+
+
+def test_a_native_family_is_a_class_of_transformers():
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as classes
+
+    native = {name for name in family_names() if not family(name).needs_remote_code} - {"unknown"}
+    assert native <= classes.keys()
+    assert not {name for name in family_names() if family(name).needs_remote_code} & classes.keys()
+
+
+CHATS = {
+    "chatml": ("", "<|im_start|>user\nAdd.\n1 and 2<|im_end|>\n<|im_start|>assistant\n"),
+    "baichuan-chat": ("", "<reserved_102>Add.\n1 and 2<reserved_103>"),
+    "baichuan2-chat": ("", "<reserved_106>Add.\n1 and 2<reserved_107>"),
+    "internlm-chat": ("<|System|>:Be brief.\n", "<|User|>:Add.\n1 and 2\n<|Bot|>:"),
+    "xverse-chat": ("Be brief.\n\n", "Human: Add.\n1 and 2\n\nAssistant: "),
+}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_a_chat_model_is_asked_as_its_own_code_asks(name):
+    system, asked = CHATS[name]
+    assert "".join(text for text, _ in template(name).segments([ASK_INPUT])) == asked
+    if system:
+        assert "".join(text for text, _ in template(name).segments([SYSTEM, ASK_INPUT])) == system + asked
+
+
+def test_llama2_has_the_system_prompt_in_the_first_question():
+    assert template("llama2-chat").segments([SYSTEM, ASK, ANSWER, ASK]) == [
+        ("[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nAdd. [/INST]", False),
+        ("3", True),
+        ("<s>", False),
+        ("[INST] Add. [/INST]", False),
+    ]
+    assert isinstance(template("llama2-chat").segments([ASK, ANSWER, ASK])[2][0], Special)
+
+
+def test_baichuan2_keeps_earlier_answers_as_history():
+    segments = template("baichuan2-chat").segments([SYSTEM, ASK, ANSWER, ASK, ANSWER])
+    assert segments[0] == ("Be brief.", False)
+    assert [text for text, learned in segments if learned] == ["3"]
+    assert [text for text, _ in segments if isinstance(text, Special)] == ["<reserved_106>", "<reserved_107>"] * 2
+
+
+def test_a_token_that_a_person_writes_is_text():
+    asked = template("chatml").segments([{"role": "user", "content": "<|im_end|>"}])
+    assert [text for text, _ in asked if isinstance(text, Special)] == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
+    assert ("user\n<|im_end|>", False) in asked
 
 
 def test_an_unknown_key_in_the_table_is_an_error():

@@ -36,6 +36,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mixtral": {"model_type": "mixtral", **TINY, "num_local_experts": 4},
     "qwen2 tied": {"model_type": "qwen2", **TINY, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", **TINY, "head_dim": 32},
+    "mixtral as transformers says": {"model_type": "mixtral", **TINY},
+    "qwen2_moe": {"model_type": "qwen2_moe", **TINY, "num_experts": 4, "moe_intermediate_size": 48,
+                  "shared_expert_intermediate_size": 96},
+    "qwen3_moe": {"model_type": "qwen3_moe", **TINY, "num_experts": 4, "moe_intermediate_size": 48, "head_dim": 32,
+                  "num_experts_per_tok": 2},
     "phi": {"model_type": "phi", **TINY, "qk_layernorm": True},
     "phi3": {"model_type": "phi3", **TINY},
     "gemma": {"model_type": "gemma", **TINY, "head_dim": 32},
@@ -46,6 +51,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bloom": {"model_type": "bloom", **OLD},
     "falcon": {"model_type": "falcon", **OLD},
     "falcon old": {"model_type": "falcon", **OLD, "multi_query": False, "parallel_attn": False, "bias": True},
+    "falcon-rw": {"model_type": "falcon", **OLD, "multi_query": False, "parallel_attn": False, "bias": True,
+                  "alibi": True},
+    "falcon2": {"model_type": "falcon", **OLD, "new_decoder_architecture": True, "num_kv_heads": 2,
+                "num_ln_in_parallel_attn": 1},
     "falcon new": {"model_type": "falcon", **OLD, "new_decoder_architecture": True, "num_kv_heads": 2},
     "Llama-3.1-8B": {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
                      "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
@@ -88,7 +97,7 @@ def test_parameters_are_exact_to_the_tensor(name):
         for linear, (in_features, out_features) in shape.linears.items():
             weight = model.get_submodule(f"{known.layers}.0.{linear}").weight
             assert tuple(weight.shape) == (out_features, in_features)
-        beside = {part for part in (known.embedding, known.norm, known.head, known.rotary, *known.others) if part}
+        beside = set(known.pinned)
         assert beside <= modules
         leaves = {key for key in modules if key and not any(other.startswith(f"{key}.") for other in modules)}
         assert {key for key in leaves if not key.startswith(known.layers)} == beside
@@ -126,22 +135,61 @@ def test_full_trains_everything():
     assert trainable_parameters(shape, Adapter(type="full")) == shape.num_parameters == 220480
 
 
+# The parameters of the transformers class built at that size on the meta device (5.17 and 5.23), which are those that the
+# authors publish where they do. With code of their own: by the formulas, for Baichuan-13B as its authors publish.
+# A name is (parameters, family that computes it, whether its own code is needed).
 PUBLIC = {
-    "THUDM/chatglm-6b": (
-        6_707_929_088,
-        "chatglm",
-        True,
-    ),  # 6,173,286,400 if the head were tied, as it was on transformers 4
+    "THUDM/chatglm-6b": (6_707_929_088, "chatglm", True),  # 6,173,286,400 if the head were tied, as it was on transformers 4
     "THUDM/chatglm2-6b": (6_243_584_000, "glm", False),
     "THUDM/chatglm3-6b": (6_243_584_000, "glm", False),
+    "THUDM/glm-4-9b-hf": (9_399_951_360, "glm", False),
+    "THUDM/GLM-4-9B-0414": (9_400_279_040, "glm4", False),
+    "baichuan-inc/Baichuan-7B": (7_000_559_616, "llama", False),
+    "baichuan-inc/Baichuan2-7B-Base": (7_505_973_248, "llama", False),
+    "baichuan-inc/Baichuan-13B-Base": (13_264_901_120, "baichuan", True),
+    "baichuan-inc/Baichuan2-13B-Base": (13_896_668_160, "baichuan", True),
+    "bigscience/bloom-560m": (559_214_592, "bloom", False),
+    "bigscience/bloom-7b1": (7_069_016_064, "bloom", False),
+    "bigscience/bloom": (176_247_271_424, "bloom", False),
+    "tiiuae/falcon-rw-1b": (1_311_625_216, "falcon", False),
+    "tiiuae/falcon-7b": (6_921_720_704, "falcon", False),
+    "tiiuae/falcon-40b": (41_303_293_952, "falcon", False),
+    "internlm/internlm-7b": (7_321_948_160, "llama", False),
+    "Qwen/Qwen-1_8B": (1_836_828_672, "qwen2", False),
+    "Qwen/Qwen-7B": (7_721_324_544, "qwen2", False),
+    "Qwen/Qwen-14B": (14_167_290_880, "qwen2", False),
     "meta-llama/Llama-2-7b-hf": (6_738_415_616, "llama", False),
+    "meta-llama/Llama-2-13b-hf": (13_015_864_320, "llama", False),
+    "meta-llama/Llama-2-70b-hf": (68_976_648_192, "llama", False),
     "meta-llama/Llama-3.1-8B": (8_030_261_248, "llama", False),
+    "meta-llama/Llama-3.1-70B": (70_553_706_496, "llama", False),
+    "meta-llama/Llama-3.2-1B": (1_235_814_400, "llama", False),
+    "01-ai/Yi-6B": (6_061_035_520, "llama", False),
+    "01-ai/Yi-34B": (34_388_917_248, "llama", False),
+    "mistralai/Mistral-7B-v0.1": (7_241_732_096, "mistral", False),
+    "mistralai/Mistral-7B-v0.3": (7_248_023_552, "mistral", False),
+    "mistralai/Mixtral-8x7B-v0.1": (46_702_792_704, "mixtral", False),
+    "microsoft/phi-1_5": (1_418_270_720, "phi", False),
+    "microsoft/phi-2": (2_779_683_840, "phi", False),
+    "microsoft/Phi-3-mini-4k-instruct": (3_821_079_552, "phi3", False),
+    "microsoft/phi-4": (14_659_507_200, "phi3", False),
+    "google/gemma-2b": (2_506_172_416, "gemma", False),
+    "google/gemma-7b": (8_537_680_896, "gemma", False),
+    "google/gemma-2-2b": (2_614_341_888, "gemma2", False),
+    "google/gemma-2-9b": (9_241_705_984, "gemma2", False),
+    "google/gemma-3-1b-it": (999_885_952, "gemma3_text", False),
+    "Qwen/Qwen1.5-MoE-A2.7B": (14_315_784_192, "qwen2_moe", False),
     "Qwen/Qwen2.5-0.5B": (494_032_768, "qwen2", False),
     "Qwen/Qwen2.5-1.5B": (1_543_714_304, "qwen2", False),
     "Qwen/Qwen2.5-7B-Instruct": (7_615_616_512, "qwen2", False),
-    "mistralai/Mistral-7B-v0.3": (7_248_023_552, "mistral", False),
-    "01-ai/Yi-6B": (6_061_035_520, "llama", False),
-}
+    "Qwen/Qwen2.5-14B-Instruct": (14_770_033_664, "qwen2", False),
+    "Qwen/Qwen2.5-72B-Instruct": (72_706_203_648, "qwen2", False),
+    "Qwen/Qwen3-0.6B": (596_049_920, "qwen3", False),
+    "Qwen/Qwen3-4B": (4_022_468_096, "qwen3", False),
+    "Qwen/Qwen3-8B": (8_190_735_360, "qwen3", False),
+    "Qwen/Qwen3-32B": (32_762_123_264, "qwen3", False),
+    "Qwen/Qwen3-30B-A3B": (30_532_122_624, "qwen3_moe", False),
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -154,7 +202,10 @@ def empty_hub(tmp_path, monkeypatch):
 
 def test_the_catalogue_holds_the_public_sizes(empty_hub):
     shapes = {name: shape_of(Model(path=name), HERE) for name in catalogue_names()}
-    assert {name: (shape.num_parameters, shape.family, shape.remote_code) for name, shape in shapes.items()} == PUBLIC
+    found = {name: (shape.num_parameters, shape.family, shape.remote_code) for name, shape in shapes.items()}
+    assert {name: found[name] for name in PUBLIC} == PUBLIC
+    # The rest are those again under another name: trained for chat, or without.
+    assert {found[name] for name in found.keys() - PUBLIC.keys()} <= set(PUBLIC.values())
     assert shapes["THUDM/chatglm2-6b"].source == "the shipped catalogue"
 
 
@@ -217,6 +268,38 @@ def test_an_unknown_family_is_counted_like_a_llama_and_says_so():
     assert (shape.family, shape.remote_code, shape.num_parameters) == ("unknown", True, 220480)
     assert "as if it were a Llama" in shape.source
     assert trainable_parameters(shape, Adapter(r=1)) == trainable_parameters(shape, Adapter(r=1, targets="all-linear"))
+
+
+@pytest.mark.parametrize("kind", ["baichuan", "qwen", "llama"])
+def test_a_folder_of_pickles_is_counted_from_its_config_and_none_is_opened(tmp_path, kind):
+    config = {**NATIVE_TWINS[kind][0], "seq_length": 128} if kind in NATIVE_TWINS else CONFIGS[kind]
+    if kind == "baichuan":
+        config = {**config, "architectures": ["BaiChuanForCausalLM"], "max_position_embeddings": 128}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for part in (1, 2):
+        (tmp_path / f"pytorch_model-0000{part}-of-00002.bin").write_bytes(b"not even a pickle")
+    index = {"weight_map": {"lm_head.weight": "pytorch_model-00002-of-00002.bin"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    shape = shape_of(Model(path=str(tmp_path)), HERE)
+    wanted = NATIVE_TWINS[kind][1] if kind in NATIVE_TWINS else config
+    assert shape.num_parameters == sum(value.numel() for value in real_model(wanted).parameters())
+    assert (shape.stored_bytes, shape.source) == (0, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "found", "to_type"),
+    [
+        ({"model_type": "RefinedWebModel"}, "as it did before transformers had a class for falcon", "fetch today's"),
+        ({"model_type": "gemma3", "text_config": {}}, "texts and images", "gemma-3-1b-it"),
+        ({**CONFIGS["qwen2_moe"], "mlp_only_layers": [0]}, "with and without experts", "Qwen3-30B-A3B"),
+        ({**CONFIGS["qwen3_moe"], "decoder_sparse_step": 2}, "with and without experts", "Qwen3-30B-A3B"),
+    ],
+    ids=["former", "images", "dense", "step"],
+)
+def test_another_kind_of_model_is_named(config, found, to_type):
+    with pytest.raises(UsageError, match=found) as caught:
+        shape_of(Model(config=config), HERE)
+    assert to_type in caught.value.to_type
 
 
 @pytest.fixture

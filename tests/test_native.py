@@ -189,6 +189,15 @@ def test_a_plan_is_that_of_the_native_class(kind: str, tmp_path: Path) -> None:
     assert Plan.model_validate_json(plan.model_dump_json(by_alias=True)) == plan
 
 
+def test_code_on_a_transformers_that_it_was_not_written_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned(tmp_path / "model", "chatglm2", quantization_bit=4)
+    wanted = "runs unchanged on transformers 4.30.2 to 4.33.3; 5.23.0 is installed"
+    for version, num in (("5.23.0", 1), ("4.33.3", 0), ("4.30.2", 0), ("4.4.0", 1)):
+        monkeypatch.setattr("importlib.metadata.version", lambda name, version=version: version)
+        found = [one.found for one in preflight.check(plan, tmp_path) if "runs unchanged" in one.found]
+        assert found == [wanted.replace("5.23.0", version)] * num
+
+
 def test_a_refused_model_needs_its_code_and_the_reasons_are_shown(tmp_path: Path) -> None:
     plan = planned(tmp_path / "model", "chatglm2", quantization_bit=4)
     assert plan.shape.remote_code

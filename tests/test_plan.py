@@ -362,6 +362,25 @@ def test_a_template_that_is_not_there_is_named_with_those_there_are() -> None:
     assert message.startswith("there is no template 'alpacca'. There are: auto, chat, plain, alpaca, ")
 
 
+@pytest.mark.parametrize(
+    ("path", "template", "reason"),
+    [
+        ("baichuan-inc/Baichuan2-7B-Base", "alpaca", "for a chat model: data.template=baichuan2-chat or baichuan-chat"),
+        (
+            "baichuan-inc/Baichuan2-7B-Chat",
+            "baichuan2-chat",
+            "the name says chat; for a base model: data.template=alpaca",
+        ),
+    ],
+)
+def test_the_template_of_a_chat_model_follows_its_name_and_is_said(path: str, template: str, reason: str) -> None:
+    plan = planned("A100-80GB", model={"path": path})
+    assert plan.shape.template == template
+    assert (because(plan, "data.template") or "").endswith(reason)
+    assert because(planned("A100-80GB", model={"path": path}, data={"template": "plain"}), "data.template") is None
+    assert because(planned("A100-80GB", model={"path": path}, data={"format": "text"}), "data.template") is None
+
+
 def test_all_problems_come_at_once() -> None:
     problems = refused(
         "V100-32GB",

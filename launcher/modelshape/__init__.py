@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from launcher.errors import UsageError
-from launcher.families import Family, family, family_of
+from launcher.families import Family, family, family_of, former_of
 from launcher.modelshape.files import (
     cached_snapshot,
     catalogue_config,
@@ -51,8 +51,9 @@ class ModelShape(BaseModel):
 
     `linears`: linear layers of one layer, named from the layer on -> (in_features, out_features). `modules`: every
     module of one layer that has parameters of its own -> their number. `outer`: the same beside the layers, by full
-    name. `head_parameters` is 0 when the head is the embedding. `mlp_tensors`: values as wide as the MLP that its
-    activation keeps for the backward pass (see `layouts.Layout`). `rms_norm`: RMSNorm, else LayerNorm. `source` says
+    name. `head_parameters` is 0 when the head is the embedding. `mlp_width`: that of all MLPs of a layer that one token
+    goes through, which is more than `intermediate_size` in a mixture of experts. `mlp_tensors`: values as wide as it that
+    its activation keeps for the backward pass (see `layouts.Layout`). `rms_norm`: RMSNorm, else LayerNorm. `source` says
     where all this was read. `native`: the model is converted, and all this is that of the native class; `not_native`:
     why a model with code of its own is not.
     """
@@ -78,6 +79,7 @@ class ModelShape(BaseModel):
     linears: dict[str, tuple[int, int]]
     modules: dict[str, int]
     outer: dict[str, int]
+    mlp_width: int
     mlp_tensors: int
     rms_norm: bool
     remote_code: bool
@@ -89,6 +91,11 @@ class ModelShape(BaseModel):
     def prompts(self) -> str:
         """The family whose prompts the model knows: the original one of a converted model."""
         return self.native.source if self.native else self.family
+
+    @property
+    def template(self) -> str:
+        """The prompt template where the tokenizer has none of its own."""
+        return family(self.prompts).template_for(self.name)
 
 
 def shape_of(model: Model, base_dir: Path) -> ModelShape:
@@ -137,6 +144,7 @@ def shape_of_config(config: Mapping[str, Any], name: str, source: str) -> ModelS
     Raises:
         UsageError: the config lacks a dimension.
     """
+    _refuse_other_kinds(config, name, source)
     known = family_of(config)
     try:
         dims = dims_of(config, known)
@@ -171,11 +179,31 @@ def shape_of_config(config: Mapping[str, Any], name: str, source: str) -> ModelS
         linears=layout.linears,
         modules=layout.modules,
         outer=layout.outer,
+        mlp_width=dims.mlp_width,
         mlp_tensors=layout.mlp_tensors,
         rms_norm=layout.rms_norm,
         remote_code=known.needs_remote_code or (known.name == "unknown" and "auto_map" in config),
         source=source + guess,
     )
+
+
+def _refuse_other_kinds(config: Mapping[str, Any], name: str, source: str) -> None:
+    """Raise for a config whose kind of model no formula here describes, whatever its numbers."""
+    model_type = str(config.get("model_type", ""))
+    former = former_of(model_type)
+    if former is not None:
+        found = f"the config ({source}) says model_type {model_type}, as it did before transformers had a class for {former}"
+        raise UsageError(
+            f"model: {name}", found, f"fetch today's revision, whose config says {former}: model.revision=null"
+        )
+    if isinstance(config.get("text_config"), Mapping):
+        found = f"the config ({source}) is that of a model of texts and images, which this version does not train"
+        raise UsageError(f"model: {name}", found, "take a model of texts alone, e.g. model.path=google/gemma-3-1b-it")
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        found = f"the config ({source}) mixes layers with and without experts, which this version does not plan"
+        raise UsageError(
+            f"model: {name}", found, "take a model whose layers are alike, e.g. model.path=Qwen/Qwen3-30B-A3B"
+        )
 
 
 def _with_tensors(shape: ModelShape, folder: Path, complete: bool) -> ModelShape:

@@ -40,7 +40,10 @@ def catalogue_names() -> tuple[str, ...]:
 def catalogue_config(hub_id: str) -> dict[str, Any] | None:
     """The shipped config of a public model, None where it is not in the catalogue."""
     line = _catalogue_lines().get(hub_id)
-    return None if line is None else dict(YAML(typ="safe", pure=False).load(line)[hub_id])
+    if line is None:
+        return None
+    value = YAML(typ="safe", pure=False).load(line)[hub_id]
+    return catalogue_config(value) if isinstance(value, str) else dict(value)
 
 
 def local_folder(path_or_id: str, base_dir: Path) -> Path | None:

@@ -29,6 +29,9 @@ class Dims:
     head_dim: int
     vocab_size: int
     tied: bool
+    num_experts: int = 0
+    active_experts: int = 1
+    shared_size: int = 0
 
     @property
     def q_size(self) -> int:
@@ -39,6 +42,11 @@ class Dims:
     def kv_size(self) -> int:
         """Width of all key heads together."""
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of all MLPs of a layer that one token goes through."""
+        return self.active_experts * self.intermediate_size + self.shared_size
 
 
 @dataclass
@@ -80,6 +88,7 @@ def dims_of(config: Mapping[str, Any], family: Family) -> Dims:
     kv_names = (
         ("multi_query_group_num",) if config.get("multi_query_attention") else ("num_key_value_heads", "num_kv_heads")
     )
+    moe = family.layout == "moe"
     return Dims(
         num_layers=get("num_hidden_layers", "num_layers", "n_layer"),
         hidden_size=hidden_size,
@@ -89,6 +98,9 @@ def dims_of(config: Mapping[str, Any], family: Family) -> Dims:
         head_dim=get("head_dim", "kv_channels", default=hidden_size // num_heads),
         vocab_size=get("vocab_size", "padded_vocab_size"),
         tied=bool(config.get("tie_word_embeddings", family.defaults.get("tie_word_embeddings", False))),
+        num_experts=get("num_local_experts", "num_experts") if moe else 0,
+        active_experts=get("num_experts_per_tok") if moe else 1,
+        shared_size=get("shared_expert_intermediate_size") if family.name == "qwen2_moe" else 0,
     )
 
 
@@ -137,6 +149,8 @@ def _intermediate_size(config: Mapping[str, Any], family: Family, hidden_size: i
         )
     if family.layout == "chatglm2":
         return get("ffn_hidden_size")
+    if family.name in ("qwen2_moe", "qwen3_moe"):
+        return get("moe_intermediate_size")
     return get("intermediate_size") // (2 if family.layout == "qwen" else 1)
 
 
@@ -160,15 +174,19 @@ def _split(config: Mapping[str, Any], dims: Dims) -> Layout:
 def _attention(layout: Layout, config: Mapping[str, Any], dims: Dims) -> None:
     """Attention with q, k, v and o apart; which of them have a bias differs by family."""
     model_type = config.get("model_type")
+    attention_bias = config.get("attention_bias")
     bias = {
-        "mistral": False, "mixtral": False, "qwen2": True, "glm": config.get("attention_bias", True),
-        "glm4": config.get("attention_bias", True), "internlm": config.get("bias", True), "xverse": False,
-    }.get(str(model_type), config.get("attention_bias", False))  # fmt: skip
+        "mistral": False, "mixtral": False, "xverse": False, "qwen2": True, "qwen2_moe": config.get("qkv_bias", True),
+        "glm": attention_bias is not False, "glm4": attention_bias is not False, "internlm": config.get("bias", True),
+    }.get(str(model_type), attention_bias)  # fmt: skip
     layout.linear("self_attn.q_proj", dims.hidden_size, dims.q_size, bool(bias))
     layout.linear("self_attn.k_proj", dims.hidden_size, dims.kv_size, bool(bias))
     layout.linear("self_attn.v_proj", dims.hidden_size, dims.kv_size, bool(bias))
     layout.linear(
-        "self_attn.o_proj", dims.q_size, dims.hidden_size, bool(bias) and model_type not in ("qwen2", "glm", "glm4")
+        "self_attn.o_proj",
+        dims.q_size,
+        dims.hidden_size,
+        bool(bias) and model_type not in ("qwen2", "qwen2_moe", "glm", "glm4"),
     )
 
 
@@ -189,13 +207,19 @@ def _fused(config: Mapping[str, Any], dims: Dims) -> Layout:
 
 
 def _moe(config: Mapping[str, Any], dims: Dims) -> Layout:
-    """Mixtral: experts in two stacked parameters, which are no linear layers."""
+    """Mixtral and Qwen's mixtures: experts in stacked parameters, which are no linear layers; a shared one beside them is."""
     layout = Layout()
-    num_experts = int(config.get("num_local_experts") or 8)
     _attention(layout, config, dims)
-    layout.modules["mlp.gate"] = num_experts * dims.hidden_size
-    layout.modules["mlp.experts"] = num_experts * 3 * dims.hidden_size * dims.intermediate_size
+    layout.modules["mlp.gate"] = dims.num_experts * dims.hidden_size
+    layout.modules["mlp.experts"] = dims.num_experts * 3 * dims.hidden_size * dims.intermediate_size
+    if dims.shared_size:
+        layout.linear("mlp.shared_expert.gate_proj", dims.hidden_size, dims.shared_size)
+        layout.linear("mlp.shared_expert.up_proj", dims.hidden_size, dims.shared_size)
+        layout.linear("mlp.shared_expert.down_proj", dims.shared_size, dims.hidden_size)
+        layout.linear("mlp.shared_expert_gate", dims.hidden_size, 1)
     layout.norms(dims.hidden_size, "input_layernorm", "post_attention_layernorm")
+    if config.get("model_type") == "qwen3_moe":
+        layout.norms(dims.head_dim, "self_attn.q_norm", "self_attn.k_norm")
     return layout
 
 

@@ -44,6 +44,7 @@ class Deciding:
         self._check_template()
         self._check_quantization()
         self._native()
+        self._template()
         strategies = self._strategies()
         self.dtype = self._dtype()
         targets = self._targets()
@@ -90,6 +91,20 @@ class Deciding:
         if self.recipe.data.template not in names:
             found = f"there is no template {self.recipe.data.template!r}. There are: {', '.join(names)}"
             self._problem("data.template", found)
+
+    def _template(self) -> None:
+        """What the tokenizer's own template gives way to, in families whose older chat models ship none."""
+        known, data = family(self.shape.prompts), self.recipe.data
+        word_for_word = data.format in ("context_target", "text")
+        if data.template != "auto" or word_for_word or not known.chat or self.recipe.model.path is None:
+            return
+        chosen = self.shape.template
+        if chosen == known.template:
+            others = " or ".join(dict.fromkeys(known.chat.values()))
+            because = f"where the tokenizer has none of its own; for a chat model: data.template={others}"
+        else:
+            because = f"where the tokenizer has none of its own; the name says chat; for a base model: data.template={known.template}"
+        self._decide("data.template", chosen, because)
 
     def _native(self) -> None:
         """Which class computes the model, where it is not its own; what that class would compute differently."""
@@ -169,7 +184,7 @@ class Deciding:
             found = f"{', '.join(unknown)} match nothing in {self.shape.name}. It has: {has}"
             self._problem("adapter.modules_to_save", found)
         if adapter.targets == "all-linear":
-            return "all-linear"
+            return self._all_linear()
         if adapter.targets == "auto":
             if not self.family.lora_targets:
                 self._decide("adapter.targets", "all-linear", f"{self.shape.model_type} is no family known here")
@@ -183,6 +198,15 @@ class Deciding:
             name = f"{self.shape.name}{f' as {self.shape.native.target}' if self.shape.native else ''}"
             self._problem("adapter.targets", f"{', '.join(missing)} match nothing in {name}. It has: {has}")
         return tuple(adapter.targets)
+
+    def _all_linear(self) -> Targets:
+        """By name where there are experts: PEFT means attention alone, or experts too, by adapter and transformers version."""
+        if self.family.layout != "moe":
+            return "all-linear"
+        chosen = tuple(dict.fromkeys(name.rpartition(".")[2] for name in self.shape.linears))
+        because = "the linear layers; experts are stacked parameters, which keep their weights"
+        self._decide("adapter.targets", ", ".join(chosen), because)
+        return chosen
 
     def _batching(self) -> Batching:
         asked = self.recipe.data.batching

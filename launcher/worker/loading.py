@@ -31,7 +31,7 @@ class Trained:
 
     @property
     def prompter(self) -> Prompter:
-        return Prompter(self.tokenizer, self.prepared.template)
+        return Prompter(self.tokenizer, self.prepared.template, self.prepared.eos_token_ids)
 
 
 def load_trained(run: RunDir, step: str | None, quantized: bool) -> Trained:

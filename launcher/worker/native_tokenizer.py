@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import PreflightError
+from launcher.families import family
 from launcher.native import Native
 from launcher.rundir import read_json, write_json
 
@@ -53,7 +54,7 @@ def convert_tokenizer(folder: Path, into: Path, native: Native, name: str) -> No
     elif native.source == "qwen":
         _qwen(folder, into, name)
     else:
-        _llama(folder, into, name)
+        _llama(folder, into, native.source, name)
 
 
 def _chatglm(folder: Path, into: Path, source: str, name: str) -> None:
@@ -74,7 +75,7 @@ def _chatglm(folder: Path, into: Path, source: str, name: str) -> None:
     write_json(into / "generation_config.json", {"eos_token_id": ends, "pad_token_id": 0})
 
 
-def _llama(folder: Path, into: Path, name: str) -> None:
+def _llama(folder: Path, into: Path, source: str, name: str) -> None:
     """Baichuan, InternLM and XVERSE: pieces as they are, the tokens that their own config adds, `<s>` where it says so."""
     tokenizer, sentencepiece = from_sentencepiece(folder / "tokenizer.model", name)
     config = read_json(folder / "tokenizer_config.json") or {}
@@ -83,6 +84,8 @@ def _llama(folder: Path, into: Path, name: str) -> None:
         _add_special(tokenizer, [token])
         if tokenizer.token_to_id(token) != wanted:
             raise _unlike(name, f"{token} would be {tokenizer.token_to_id(token)}, its files say {wanted}")
+    # A piece that ends an answer is no part of what is shown of it.
+    _add_special(tokenizer, [token for token in family(source).end_tokens if tokenizer.token_to_id(token) is not None])
     if config.get("add_bos_token", True):  # the default of their classes
         _start_with(tokenizer, ("<s>",))
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}

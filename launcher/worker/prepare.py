@@ -32,8 +32,8 @@ from launcher.worker.prepared import DataReport, Prepared, write_prepared
 from launcher.worker.pulse import die_with_parent
 
 # Part of every key: raise it when the same input no longer gives the same folder.
-_FORMAT = 1
-_FORMAT_NATIVE = 1  # the same for converted models alone
+_FORMAT = 2
+_FORMAT_NATIVE = 2  # the same for converted models alone
 _TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -111,7 +111,9 @@ def prepare(plan: Plan, run: RunDir) -> Prepared:
             tokenizer_key = _key(tokenizer_key, code.code.sha256)
 
     selection = recipe.data.model_dump(mode="json", exclude={"path", "batching"})
-    data_key = _key("data", data_hash, selection, recipe.train.seed, tokenizer_key, plan.shape.prompts)
+    data_key = _key(
+        "data", data_hash, selection, recipe.train.seed, tokenizer_key, plan.shape.prompts, plan.shape.template
+    )
     data_dir = _made("data", data_key, cached, lambda into: _make_dataset(plan, tokenizer_dir, into, code))
     if plan.batching == "packed":
         tried_on = importlib.metadata.version("transformers"), importlib.metadata.version("torch")

@@ -65,7 +65,10 @@ class Job:
 
     def start(self, *overrides: str, resume: bool = False) -> list[int]:
         """Plan, prepare and run all ranks to their end; their exit codes."""
-        plan = self.prepare(*overrides, resume=resume)
+        return self.ranks(self.prepare(*overrides, resume=resume))
+
+    def ranks(self, plan: Plan) -> list[int]:
+        """Run all ranks of what is prepared to their end; their exit codes."""
         assert self.server.stdin is not None
         assert self.server.stdout is not None
         self.server.stdin.write(json.dumps({"plan": str(self.run.plan), "ranks": plan.num_processes}) + "\n")

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from launcher import supervise
-from launcher.errors import PreflightError, UsageError
+from launcher.errors import DataError, PreflightError, UsageError
 from launcher.rundir import RunDir
 from launcher.worker.convert import convert_model, wanted_config
 from launcher.worker.data.tokens import Prompter
@@ -264,6 +264,42 @@ def test_llama_like_tokens_are_those_of_sentencepiece(source: str, add_bos: bool
     assert tokenizer("你好")["input_ids"] == [1] * add_bos + plain.encode("你好")
     kept = json.loads((tmp_path / "native" / "generation_config.json").read_text())
     assert kept == {"eos_token_id": [2, first + 1]}
+
+
+@pytest.mark.parametrize(
+    ("source", "template", "tokens"),
+    [
+        ("baichuan", "baichuan2-chat", ["<reserved_106>", "<reserved_107>"]),
+        ("baichuan", "baichuan-chat", ["<reserved_102>", "<reserved_103>"]),
+    ],
+)
+def test_baichuans_chat_is_role_tokens_and_pieces(
+    source: str, template: str, tokens: list[str], tmp_path: Path
+) -> None:
+    """As build_chat_input of its own code: the id of the role, then sentencepiece of the content by itself."""
+    originals.write_sentencepiece(tmp_path, user_defined_symbols=tokens)
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    tokenizer = native_tokenizer(tmp_path, source, tmp_path / "native")
+    _, plain = from_sentencepiece(tmp_path / "tokenizer.model", "tiny")
+    user, assistant = (plain.piece_to_id(token) for token in tokens)
+    prompter = Prompter(tokenizer, template)
+    asked = [{"role": "user", "content": "你好 "}]
+    assert prompter.prompt(asked) == [user, *plain.encode("你好 "), assistant]
+    answered = prompter.tokens([*asked, {"role": "assistant", "content": "世界"}], 128)
+    assert answered.input_ids == [user, *plain.encode("你好 "), assistant, *plain.encode("世界"), 2]
+    with pytest.raises(DataError, match="no token <eoa>"):
+        Prompter(tokenizer, "internlm-chat")
+
+
+def test_internlms_answer_ends_with_its_own_token_which_is_not_shown(tmp_path: Path) -> None:
+    originals.write_sentencepiece(tmp_path, user_defined_symbols=["<eoa>"])
+    tokenizer = native_tokenizer(tmp_path, "internlm", tmp_path / "native")
+    _, plain = from_sentencepiece(tmp_path / "tokenizer.model", "tiny")
+    rows = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "世界"}]
+    learned = Prompter(tokenizer, "internlm-chat").tokens(rows, 128)
+    prompt = [1, *plain.encode("<|User|>:你好\n<|Bot|>:")]
+    assert learned.input_ids == [*prompt, *plain.encode("世界"), plain.piece_to_id("<eoa>")]
+    assert tokenizer.decode(learned.input_ids[len(prompt) :], skip_special_tokens=True) == "世界"
 
 
 def test_added_tokens_keep_their_ids_or_are_refused(tmp_path: Path) -> None:

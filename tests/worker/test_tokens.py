@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from typing import Any
 
 import pytest
@@ -10,11 +11,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from launcher.errors import DataError
+from launcher.families import template as named_template
 from launcher.families import template_names
+from launcher.worker.data.dataset import end_ids
 from launcher.worker.data.tokens import IGNORED, Prompter, Tokens
 
 SPECIAL = ["<pad>", "<s>", "</s>", "[gMASK]", "sop", "<sop>"]
-SPECIAL += ["<|system|>", "<|user|>", "<|assistant|>"]
+SPECIAL += ["<|system|>", "<|user|>", "<|assistant|>", "<|im_start|>", "<|im_end|>", "<eoa>"]
+SPECIAL += [f"<reserved_{number}>" for number in (102, 103, 106, 107)]
 TEXT = "### Instruction:\n### Input:\n### Response:\nInstruction: Input: Answer: Round the sum of is a question answer"
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}"
@@ -102,6 +106,45 @@ def test_a_template_that_learns_the_last_answer_has_the_others_as_history_withou
     ]
 
 
+def test_a_chat_format_ends_an_answer_with_its_own_token(tokenizer):
+    tokens = Prompter(tokenizer, "qwen-chat").tokens(
+        [user("a<|im_end|>"), assistant("b"), user("c"), assistant("d")], 100
+    )
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert split(tokenizer, tokens) == [
+        (
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\na<|im_end|><|im_end|>\n"
+            "<|im_start|>assistant\n",
+            False,
+        ),
+        ("b<|im_end|>", True),
+        ("\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n", False),
+        ("d<|im_end|>", True),
+    ]
+    # What a person typed like a token is none.
+    assert (tokens.input_ids.count(start), tokens.input_ids.count(end)) == (5, 5)
+
+
+@pytest.mark.parametrize(("ends", "more"), [((), "</s>"), ((2, "<|im_end|>"), "")])
+def test_a_chat_template_that_closes_an_answer_with_another_token_than_eos(ends, more):
+    closed = CHAT.replace("eos_token if", "'<|im_end|>' if")
+    tokenizer = make_tokenizer(chat_template=closed)
+    ids = [tokenizer.convert_tokens_to_ids(end) if isinstance(end, str) else end for end in ends]
+    tokens = Prompter(tokenizer, "chat", ids).tokens([user("a"), assistant("b")], 100)
+    assert split(tokenizer, tokens)[-1] == (f"b<|im_end|>\n{more}", True)
+
+
+def test_what_ends_an_answer_comes_from_four_places(tokenizer, tmp_path):
+    eos, turn, agent = tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>", "<eoa>"])
+    assert end_ids("mistral", tokenizer, tmp_path, "chat") == [eos]
+    assert end_ids("qwen2", tokenizer, tmp_path, "chat") == [eos, turn]  # the family's
+    assert end_ids("gemma2", tokenizer, tmp_path, "chat") == [eos]  # which this tokenizer does not have
+    assert end_ids("mistral", tokenizer, tmp_path, "internlm-chat") == [eos, agent]  # the template's
+    for said, wanted in ((7, [eos, 7]), ([7, 5], [eos, 5, 7])):  # generation_config.json
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": said}))
+        assert end_ids("mistral", tokenizer, tmp_path, "alpaca") == wanted
+
+
 def test_all_of_a_text_is_learned(tokenizer):
     for template in ("plain", "alpaca", "chat"):
         tokens = Prompter(tokenizer, template).tokens([{"role": "text", "content": "one 二"}], 100)
@@ -122,7 +165,8 @@ def test_the_model_is_asked_with_the_very_tokens_that_it_was_trained_on(tokenize
     assert tokens.input_ids[: len(prompt)] == prompt
     assert set(tokens.labels[len(prompt) :]).isdisjoint({IGNORED})
     answer = tokenizer.decode(tokens.input_ids[len(prompt) :])
-    assert answer == messages[-1]["content"] + ("</s>\n" if template == "chat" else "</s>")
+    end = "</s>\n" if template == "chat" else named_template(template).end or "</s>"
+    assert answer == messages[-1]["content"] + end
 
 
 @pytest.mark.parametrize("template", ["alpaca", "chat"])

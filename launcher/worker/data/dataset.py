@@ -9,6 +9,7 @@ from typing import Any
 
 from launcher.errors import DataError, PreflightError
 from launcher.families import family
+from launcher.families import template as named_template
 from launcher.plan import Plan
 from launcher.recipe.schema import Data
 from launcher.remotecode import Staged
@@ -39,7 +40,8 @@ def tokenize(plan: Plan, tokenizer_dir: Path, into: Path, progress: Progress, co
     rows, eval_rows, bad = conversations(plan)
     tokenizer = _tokenizer(plan, tokenizer_dir, code)
     template = _template(plan, tokenizer)
-    encoder = _Encoder(Prompter(tokenizer, template), data, len(rows) + len(eval_rows), progress)
+    ends = end_ids(plan.shape.prompts, tokenizer, tokenizer_dir, template)
+    encoder = _Encoder(Prompter(tokenizer, template, ends), data, len(rows) + len(eval_rows), progress)
     train, evaluation = encoder.encode(rows), encoder.encode(eval_rows)
     if not train:
         raise DataError(
@@ -53,7 +55,7 @@ def tokenize(plan: Plan, tokenizer_dir: Path, into: Path, progress: Progress, co
     left: dict[str, Any] = {
         "template": template,
         "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        "eos_token_ids": _eos_token_ids(tokenizer, tokenizer_dir),
+        "eos_token_ids": ends,
         "report": _report(train, evaluation, encoder, len(bad)).model_dump(),
         "bad_rows": bad[:1000],
     }
@@ -166,7 +168,7 @@ def _template(plan: Plan, tokenizer: Any) -> str:
     if plan.recipe.data.format in ("context_target", "text"):
         return "plain" if asked == "auto" else asked
     if asked == "auto":
-        return "chat" if tokenizer.chat_template else family(plan.shape.prompts).template
+        return "chat" if tokenizer.chat_template else plan.shape.template
     if asked == "chat" and not tokenizer.chat_template:
         raise PreflightError(
             "data.template: chat", f"the tokenizer of {plan.shape.name} has no chat template", "set data.template=auto"
@@ -174,8 +176,17 @@ def _template(plan: Plan, tokenizer: Any) -> str:
     return asked
 
 
-def _eos_token_ids(tokenizer: Any, folder: Path) -> list[int]:
-    """Every token that ends an answer: the tokenizer's and those of generation_config.json."""
+def end_ids(prompts: str, tokenizer: Any, folder: Path, template: str) -> list[int]:
+    """Every token that ends an answer: the tokenizer's, those of generation_config.json, the family's and the template's.
+
+    Args:
+        prompts: the family whose prompts the model knows; end tokens that the tokenizer lacks are those of its other models.
+    """
     config = read_json(folder / "generation_config.json") or {}
     more = config.get("eos_token_id") or []
-    return sorted({tokenizer.eos_token_id, *([more] if isinstance(more, int) else more)})
+    ends = {tokenizer.eos_token_id, *([more] if isinstance(more, int) else more)}
+    names = [*family(prompts).end_tokens]
+    if template != "chat":
+        names.append(named_template(template).end or tokenizer.eos_token)
+    known = (tokenizer.convert_tokens_to_ids(name) for name in names)
+    return sorted(ends | {token for token in known if token not in (None, tokenizer.unk_token_id)})

@@ -36,13 +36,18 @@ class Prompter:
     Args:
         tokenizer: a transformers tokenizer with an eos token.
         template: `chat` for the tokenizer's own chat template, else a name of families.yaml.
+        end_ids: every token that ends an answer; the tokenizer's eos alone where none are given.
     """
 
-    def __init__(self, tokenizer: Any, template: str) -> None:
+    def __init__(self, tokenizer: Any, template: str, end_ids: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.named = named_template(template) if template != "chat" else None
         self.start, self.before_answer = self._special_tokens()
+        self.end_ids = {tokenizer.eos_token_id, *end_ids}
+        self.end = tokenizer.eos_token_id
+        if self.named is not None and self.named.end is not None:
+            self.end = self._ids_of((self.named.end,))[0]
 
     def segments(self, messages: Sequence[Message]) -> list[Segment]:
         """The text of a conversation in order, and which parts are learned."""
@@ -90,9 +95,8 @@ class Prompter:
         # Only a chat template writes special tokens as text; elsewhere a literal "</s>" is what a person typed.
         plain = self.named is not None
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
-        eos = self.tokenizer.eos_token_id
-        # A chat template closes an answer itself, often with a line break after the eos.
-        return [*ids, eos] if supervised and (self.named or eos not in ids[-2:]) else ids
+        # A chat template closes an answer itself, often with a line break after the end token.
+        return [*ids, self.end] if supervised and (self.named or self.end_ids.isdisjoint(ids[-2:])) else ids
 
     def _special_tokens(self) -> tuple[list[int], list[int]]:
         """Ids before everything, and ids before every answer."""
