@@ -159,6 +159,7 @@ def with_absolute_paths(recipe: Recipe, document: Document) -> Recipe:
 
 
 def located(problems: Sequence[Problem], document: Document) -> RecipeError:
+    """The error of these problems, each with its place in the document, in the order of the file."""
     placed = [problem if problem.where else replace(problem, where=document.place(problem.key)) for problem in problems]
     return RecipeError(sorted(placed, key=lambda problem: _line_and_column(problem.where)))
 
