@@ -20,7 +20,7 @@ GIB = 2**30
 _CPU_CONTEXT_BYTES = round(0.45 * GIB)
 # CUDA context, cuBLAS and NCCL: about what nvidia-smi shows beyond torch's own count; and what the allocator holds
 # beyond what is in use, as a share of all that comes and goes. Constants of experience, not measured on these cards.
-_CUDA_CONTEXT_BYTES = round(0.6 * GIB)
+CUDA_CONTEXT_BYTES = round(0.6 * GIB)
 _ALLOCATOR_RESERVE = 0.06
 # adamw keeps two fp32 values a parameter, bitsandbytes two bytes and their block constants.
 _OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 2.03}
@@ -109,7 +109,7 @@ def estimate(request: MemoryRequest) -> Memory:
     optimizer = _optimizer_bytes(request, shards)
     context = _CPU_CONTEXT_BYTES
     if request.kind == "cuda":
-        context = _CUDA_CONTEXT_BYTES + round(_ALLOCATOR_RESERVE * (gradients + activations + logits + buffers))
+        context = CUDA_CONTEXT_BYTES + round(_ALLOCATOR_RESERVE * (gradients + activations + logits + buffers))
     return Memory(
         weights_bytes=weights,
         adapter_bytes=adapter,

@@ -106,6 +106,33 @@ def place(
     return search.best()
 
 
+def cost_of(
+    layers: Layers,
+    places: Sequence[Place],
+    schedule: Schedule,
+    micro_batches: int,
+    recompute: bool | None,
+    ranges: Sequence[tuple[int, int]],
+) -> Placement | None:
+    """The placement that somebody has written down, first and last layer of each device in order; None where it does not fit.
+
+    Raises:
+        ValueError: the ranges are not those of all layers, or of more devices than there are.
+    """
+    if len(ranges) > len(places) or not ranges or ranges[-1][1] != layers.num - 1:
+        raise ValueError(f"{len(ranges)} ranges up to layer {ranges[-1][1] if ranges else 0} for {layers.num} layers")
+    search = _Search(layers, places, schedule, micro_batches, recompute)
+    stages = []
+    for device, (first, last) in enumerate(ranges):
+        after_it, num = len(ranges) - 1 - device, last + 1 - first
+        pieces = [piece for piece in search.pieces(device, after_it, first == 0) if piece.low <= num <= piece.high]
+        if not pieces:
+            return None
+        stages.append(search.stage(device, first, num, after_it, pieces[0].recompute, first == 0))
+    seconds = [stage.seconds for stage in stages]
+    return Placement(tuple(stages), sum(seconds) if schedule == "naive" else max(seconds))
+
+
 class _Search:
     """`cost[used][i]`: the last i layers, and the head, on the devices in `used` (a set of bits): the least seconds."""
 
@@ -137,18 +164,18 @@ class _Search:
                 if used >> device & 1:
                     continue
                 after = used | 1 << device
-                for piece in self._pieces(device, used.bit_count(), is_first=False):
+                for piece in self.pieces(device, used.bit_count(), is_first=False):
                     for i, value, taken in self._added(cost[used], piece):
                         if value < cost[after][i]:
                             cost[after][i] = value
                             came[after, i] = (device, taken, piece.recompute)
-                for piece in self._pieces(device, used.bit_count(), is_first=True):
+                for piece in self.pieces(device, used.bit_count(), is_first=True):
                     for i, value, taken in self._added(cost[used], piece):
                         if i == num and (ending is None or value < ending[0]):
                             ending = (value, used, device, taken, piece.recompute)
         return None if ending is None else self._read_back(ending, came)
 
-    def _pieces(self, device: int, after_it: int, is_first: bool) -> Iterator[_Piece]:
+    def pieces(self, device: int, after_it: int, is_first: bool) -> Iterator[_Piece]:
         """Times of a device as a stage with so many stages after it; nothing where not even its ends fit."""
         layers, here, is_last = self.layers, self.places[device], after_it == 0
         has_head = is_first if layers.ends_together else is_last
@@ -228,14 +255,15 @@ class _Search:
         stages, start, is_first = [], 0, True
         while True:
             after_it = used.bit_count()
-            stages.append(self._stage(device, start, taken, after_it, recompute, is_first))
+            stages.append(self.stage(device, start, taken, after_it, recompute, is_first))
             start, is_first = start + taken, False
             if not used:
                 return Placement(tuple(stages), seconds)
             device, taken, recompute = came[used, self.layers.num - start]
             used &= ~(1 << device)
 
-    def _stage(self, device: int, start: int, taken: int, after_it: int, recompute: bool, is_first: bool) -> Stage:
-        piece = next(p for p in self._pieces(device, after_it, is_first) if p.recompute == recompute)
+    def stage(self, device: int, start: int, taken: int, after_it: int, recompute: bool, is_first: bool) -> Stage:
+        """A device with that many layers, priced."""
+        piece = next(p for p in self.pieces(device, after_it, is_first) if p.recompute == recompute)
         memory = self._memory(taken, after_it, is_first, recompute)
         return Stage(device, start, start + taken, recompute, memory, piece.fixed + piece.slope * taken)

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from launcher.manifest import Verdict
-from launcher.plan import Alternative, Plan, budget_bytes, steps_per_epoch, time_of_rows, total_steps
+from launcher.plan import Alternative, Plan, StagePlan, budget_bytes, steps_per_epoch, time_of_rows, total_steps
 from launcher.preflight import Finding
 from launcher.remotecode import RemoteCode, Trusted
 from launcher.report import Failure, last_lines, predicted_speed
@@ -73,9 +73,8 @@ def summary(plan: Plan) -> str:
     transport = f" over {'nccl' if plan.kind == 'cuda' else 'gloo'}" if plan.num_processes > 1 else ""
     base = f"{plan.shape.name} {count(plan.shape.num_parameters)}, {plan.dtype}"
     stored = "" if plan.recipe.model.quantization == "none" else f" ({plan.recipe.model.quantization} base)"
-    return (
-        f"{base}{stored} · {how} ({count(plan.trainable_parameters)} trained) · {devices}, {plan.strategy}{transport}"
-    )
+    how_spread = plan.strategy if plan.schedule is None else f"{plan.strategy} {plan.schedule}"
+    return f"{base}{stored} · {how} ({count(plan.trainable_parameters)} trained) · {devices}, {how_spread}{transport}"
 
 
 def batch(plan: Plan) -> str:
@@ -102,7 +101,11 @@ def show_plan(screen: Console, plan: Plan) -> None:
     train = plan.recipe.train
     length = f"{train.max_steps:,} steps" if train.max_steps else f"{train.epochs:g} epochs"
     line(screen, "train", f"{length}, lr {train.lr:g} {train.schedule}, {train.optimizer}, seed {train.seed}")
-    line(screen, "memory", _memory_bar(plan))
+    if plan.stages:
+        for place, stage in enumerate(plan.stages):
+            line(screen, "layers" if place == 0 else "", _stage(plan, stage))
+    else:
+        line(screen, "memory", _memory_bar(plan))
     line(screen, "time", _step_time(plan))
     for place, other in enumerate(plan.alternatives[1 : 1 + _MOST_OTHERS]):
         line(screen, "instead" if place == 0 else "", _alternative(plan, other))
@@ -155,11 +158,31 @@ def _step_time(plan: Plan) -> str:
 
 def _alternative(plan: Plan, other: Alternative) -> str:
     """A way that was not taken, with its figures."""
-    how = (
-        f"{other.strategy}{', checkpointing' if other.gradient_checkpointing else ''}, micro batch {other.micro_batch}"
-    )
+    name = f"one {other.device} alone" if other.device else other.schedule or other.strategy
+    how = f"{name}{', checkpointing' if other.gradient_checkpointing else ''}, micro batch {other.micro_batch}"
     cost = f"{other.step_s / plan.time.total_s:.2f} × the time" if other.fits else "does not fit"
-    return f"{how:<36} {gib(other.memory_bytes):>5} GiB  {cost}"
+    return f"{how:<44} {gib(other.memory_bytes):>5} GiB  {cost}"
+
+
+def _stage(plan: Plan, stage: StagePlan) -> str:
+    """One device of a device map: how full, which layers, how long a micro batch stays."""
+    device = plan.cluster.devices[stage.device]
+    bar = _bar(stage.memory_bytes, device.reserved_bytes, device.memory_bytes)
+    layers = f"layers {stage.first}–{stage.stop - 1}" if stage.stop > stage.first else "no layer"
+    parts = [*(["embedding"] if stage.embedding else []), layers, *(["norm, head"] if stage.head else [])]
+    again = ", computed again" if stage.recompute else ""
+    free = device.memory_bytes - device.reserved_bytes - stage.memory_bytes
+    return (
+        f"{device.name:<14} {device.memory_bytes / GIB:4.1f} GiB  {bar}  {', '.join(parts)}{again}  "
+        f"{gib(stage.memory_bytes)} GiB, free {gib(free)}  {stage.seconds:.3g} s a micro batch"
+    )
+
+
+def _bar(used: int, reserved: int, whole: int) -> str:
+    """Used, taken by others, free."""
+    filled = min(_BAR, round(_BAR * used / whole))
+    taken = min(_BAR - filled, round(_BAR * reserved / whole))
+    return "█" * filled + "▒" * taken + "░" * (_BAR - filled - taken)
 
 
 def _memory_bar(plan: Plan) -> str:
@@ -168,9 +191,7 @@ def _memory_bar(plan: Plan) -> str:
     if plan.strategy != "device_map":
         devices = (min(devices, key=lambda device: device.memory_bytes - device.reserved_bytes),)
     whole = sum(device.memory_bytes for device in devices)
-    filled = min(_BAR, round(_BAR * plan.memory.total_bytes / whole))
-    taken = min(_BAR - filled, round(_BAR * sum(device.reserved_bytes for device in devices) / whole))
-    bar = "█" * filled + "▒" * taken + "░" * (_BAR - filled - taken)
+    bar = _bar(plan.memory.total_bytes, sum(device.reserved_bytes for device in devices), whole)
     parts = "  ".join(f"{name} {gib(value)}" for name, value in plan.memory.parts().items() if value)
     return f"{' + '.join(device.name for device in devices)}  {gib(whole)} GiB  {bar}  {parts}"
 

@@ -32,18 +32,25 @@ def plan_recipe(
     from launcher.modelshape import shape_of
     from launcher.plan import make_plan
     from launcher.recipe import find_recipe, load_recipe
+    from launcher.recipe.device_maps import load_device_map
     from launcher.remotecode import planned_code
 
     path = find_recipe(recipe)
     loaded = load_recipe(path, overrides)
     with loaded.locating():
-        cluster = resolve_cluster(loaded.recipe.hardware, where.nproc, where.hostfile)
+        hardware, device_map = loaded.recipe.hardware, None
+        if loaded.recipe.strategy.device_map is not None:
+            _, device_map = load_device_map(loaded.recipe.strategy.device_map)
+            # The devices of the map, unless somebody asks for others on the command line.
+            if "hardware" not in loaded.document.from_command_line:
+                hardware = device_map.devices
+        cluster = resolve_cluster(hardware, where.nproc, where.hostfile)
         shape = shape_of(loaded.recipe.model, loaded.document.folder)
         model, code = loaded.recipe.model, None
         if shape.native is None:  # nothing of the code of a converted model is executed
             model, code = planned_code(model, loaded.document.folder, path, shape.remote_code)
         resolved = loaded.recipe.model_copy(update={"model": model})
-        return loaded, make_plan(name or loaded.name, resolved, cluster, shape, code)
+        return loaded, make_plan(name or loaded.name, resolved, cluster, shape, code, device_map)
 
 
 def new_run_dir(loaded: LoadedRecipe) -> RunDir:

@@ -112,12 +112,11 @@ def step_time(request: MemoryRequest, speed: Speed, accumulation: int, num_repli
         num_replicas: ranks that each work on rows of their own.
     """
     layers = request.shape.num_layers
-    forward, backward = _layer(request, speed)
-    loss_forward, loss_backward = _head_and_loss(request, speed)
-    ops = layers * (_OPS_PER_LAYER + _OPS_PER_ADAPTER * len(_adapted(request))) * speed.seconds_per_op
-    recompute = max(layers * forward, ops) if request.gradient_checkpointing else 0.0
-    whole_forward = max(layers * forward + loss_forward, ops)
-    whole_backward = max(layers * backward + loss_backward, 1.5 * ops)
+    forward, backward = layer_seconds(request, speed)
+    loss_forward, loss_backward = head_seconds(request, speed)
+    recompute = layers * forward if request.gradient_checkpointing else 0.0
+    whole_forward = layers * forward + loss_forward
+    whole_backward = layers * backward + loss_backward
     exposed = _communication(request, speed, accumulation, whole_forward + recompute + whole_backward)
     return StepTime(
         forward_s=accumulation * whole_forward,
@@ -130,8 +129,15 @@ def step_time(request: MemoryRequest, speed: Speed, accumulation: int, num_repli
     )
 
 
-def _layer(request: MemoryRequest, speed: Speed) -> tuple[float, float]:
-    """Seconds of one layer, forward and backward."""
+def layer_seconds(request: MemoryRequest, speed: Speed) -> tuple[float, float]:
+    """Seconds of one layer, forward and backward: what the device takes, or Python where that is longer."""
+    ops = (_OPS_PER_LAYER + _OPS_PER_ADAPTER * len(_adapted(request))) * speed.seconds_per_op
+    forward, backward = _device_seconds(request, speed)
+    return max(forward, ops), max(backward, 1.5 * ops)
+
+
+def _device_seconds(request: MemoryRequest, speed: Speed) -> tuple[float, float]:
+    """Seconds that a device computes on one layer, forward and backward."""
     forward = backward = 0.0
     adapted = _adapted(request)
     for name, (in_features, out_features) in request.shape.linears.items():
@@ -205,7 +211,7 @@ def _elementwise_bytes(shape: ModelShape, size: int) -> int:
     return norms + residuals + rotary + shape.mlp_width * 5 * size
 
 
-def _head_and_loss(request: MemoryRequest, speed: Speed) -> tuple[float, float]:
+def head_seconds(request: MemoryRequest, speed: Speed) -> tuple[float, float]:
     """Seconds of the head's product and of cross entropy over the vocabulary in fp32."""
     shape = request.shape
     product = _product(request, speed, shape.hidden_size, shape.vocab_size)

@@ -104,7 +104,7 @@ def test_a_naive_device_map_is_one_process_with_the_memory_of_all_devices() -> N
         ["RTX 3060 Ti 8GiB reserved=921MiB", "RTX 3060 12GiB"],
         model={"path": "THUDM/chatglm2-6b"},
         data={"max_length": 256},
-        strategy={"type": "device_map", "device_map": "2gpu-mixed"},
+        strategy={"type": "device_map", "schedule": "naive"},
         train={"global_batch": 4},
     )
     assert plan.num_processes == 1

@@ -13,6 +13,7 @@ from launcher.plan.model import (
     Alternative,
     Decision,
     Plan,
+    StagePlan,
     budget_bytes,
     identity,
     lacking_bytes,
@@ -22,12 +23,14 @@ from launcher.plan.model import (
 from launcher.plan.remedies import does_not_fit
 from launcher.plan.searching import time_of_rows
 from launcher.recipe import Recipe
+from launcher.recipe.device_maps import DeviceMap
 from launcher.remotecode import RemoteCode
 
 __all__ = [
     "Alternative",
     "Decision",
     "Plan",
+    "StagePlan",
     "budget_bytes",
     "identity",
     "lacking_bytes",
@@ -38,17 +41,25 @@ __all__ = [
 ]
 
 
-def make_plan(name: str, recipe: Recipe, cluster: Cluster, shape: ModelShape, code: RemoteCode | None = None) -> Plan:
+def make_plan(
+    name: str,
+    recipe: Recipe,
+    cluster: Cluster,
+    shape: ModelShape,
+    code: RemoteCode | None = None,
+    device_map: DeviceMap | None = None,
+) -> Plan:
     """Decide everything.
 
     Args:
         code: the model's own code, where the recipe trusts it and it is here.
+        device_map: what strategy.device_map names; without one the cluster's devices are all there is to know.
 
     Raises:
         RecipeError: the recipe asks for what this model or these devices cannot do.
         DoesNotFitError: it needs more memory than a device has; its last part lists changes that were planned and do fit.
     """
-    plan = Deciding(recipe, cluster, shape).plan(name)
+    plan = Deciding(recipe, cluster, shape, device_map).plan(name)
     if lacking_bytes(plan) > 0:
         raise does_not_fit(plan)
     return plan.model_copy(update={"code": code})

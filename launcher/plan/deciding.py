@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from launcher import __version__
 from launcher.cluster import Cluster
 from launcher.errors import Problem, RecipeError
@@ -14,9 +16,11 @@ from launcher.modelshape import (
     unmatched_saved,
     unmatched_targets,
 )
+from launcher.placement import Schedule
 from launcher.plan.model import Batching, Decision, Dtype, Plan, Targets, budget_bytes
-from launcher.plan.searching import FREE_SHARE, Choice, Option, Question, choose
+from launcher.plan.searching import FREE_SHARE, Choice, Option, Question, alone, choose
 from launcher.recipe import Recipe
+from launcher.recipe.device_maps import DeviceMap
 
 GIB = 2**30
 # Larger micro batches bring no speed on these devices and make the heaviest batch heavier.
@@ -26,7 +30,10 @@ _LARGEST_MICRO_BATCH = {"cuda": 64, "cpu": 8}
 class Deciding:
     """Goes through the open questions in an order in which each answer rests on those before it."""
 
-    def __init__(self, recipe: Recipe, cluster: Cluster, shape: ModelShape) -> None:
+    def __init__(
+        self, recipe: Recipe, cluster: Cluster, shape: ModelShape, device_map: DeviceMap | None = None
+    ) -> None:
+        self.device_map = device_map
         self.recipe = recipe
         self.cluster = cluster
         self.shape = shape
@@ -50,10 +57,13 @@ class Deciding:
         targets = self._targets()
         batching = self._batching()
         trained = 0 if self.problems else trainable_parameters(self.shape, recipe.adapter)
-        question = Question(recipe, self.cluster, self.shape, self.dtype, trained)
+        question = Question(recipe, self.cluster, self.shape, self.dtype, trained, self.device_map)
         choice = choose(question, self._options(question, strategies))
         if self.problems:
             raise RecipeError(self.problems)
+        if strategies == ["device_map"] and self.cluster.num_devices > 1:
+            by_themselves = alone(question, self._sizes(1))
+            choice = replace(choice, others=(*choice.others, *by_themselves))
         chosen = choice.chosen.option
         self._explain(question, choice)
         return Plan(
@@ -64,7 +74,7 @@ class Deciding:
             shape=self.shape,
             strategy=chosen.strategy,
             backend=recipe.launch.backend,
-            num_processes=question.num_processes(chosen.strategy),
+            num_processes=question.num_processes(choice.chosen),
             dtype=self.dtype,
             weights_dtype=question.weights_dtype(chosen.strategy),
             targets=targets,
@@ -72,11 +82,14 @@ class Deciding:
             micro_batch=chosen.micro_batch,
             accumulation=recipe.train.global_batch // (question.num_replicas(chosen.strategy) * chosen.micro_batch),
             global_batch=recipe.train.global_batch,
-            gradient_checkpointing=chosen.gradient_checkpointing,
+            gradient_checkpointing=choice.chosen.gradient_checkpointing,
             batching=batching,
             memory=choice.chosen.memory,
             time=choice.chosen.time,
             alternatives=choice.alternatives(),
+            device_map=self.device_map,
+            schedule=chosen.schedule,
+            stages=choice.chosen.stages,
             decisions=tuple(self.decisions),
         )
 
@@ -224,6 +237,10 @@ class Deciding:
     def _options(self, question: Question, strategies: list[str]) -> list[Option]:
         """Every combination that the recipe leaves open."""
         asked = self.recipe.train.gradient_checkpointing
+        if strategies == ["device_map"]:
+            again = None if asked == "auto" else asked
+            sizes = self._sizes(question.num_replicas("device_map"))
+            return [Option("device_map", again, size, schedule) for schedule in self._schedules() for size in sizes]
         checkpointing = [False, True] if asked == "auto" else [asked]
         return [
             Option(strategy, checkpointed, size)
@@ -231,6 +248,15 @@ class Deciding:
             for checkpointed in checkpointing
             for size in self._sizes(question.num_replicas(strategy))
         ]
+
+    def _schedules(self) -> list[Schedule]:
+        """The schedules of a device map that are open; quantised weights are only run naively."""
+        asked = self.recipe.strategy.schedule
+        if asked == "auto" and self.device_map is not None:
+            asked = self.device_map.schedule
+        if asked != "auto":
+            return [asked]
+        return ["naive"] if self.recipe.model.quantization != "none" else ["naive", "pipelined"]
 
     def _sizes(self, num_replicas: int) -> list[int]:
         """Micro batches that make up the global batch, largest first; what the recipe sets, where it sets one."""
@@ -255,6 +281,8 @@ class Deciding:
             self._decide("strategy.type", option.strategy, _reason(choice, self.cluster.num_devices))
         if question.weights_dtype(option.strategy) != self.dtype:
             self._decide("weights", "fp32", f"{self.dtype} alone loses small updates of trained weights")
+        if option.strategy == "device_map":
+            self._explain_map(choice)
         if recipe.train.micro_batch == "auto":
             budget = budget_bytes(option.strategy, self.cluster) * (1 - FREE_SHARE) / GIB
             limit = _LARGEST_MICRO_BATCH[self.cluster.kind]
@@ -262,9 +290,26 @@ class Deciding:
             self._decide("train.micro_batch", str(option.micro_batch), because)
         if recipe.train.gradient_checkpointing == "auto":
             because = "everything fits without computing layers twice"
-            if option.gradient_checkpointing:
+            if choice.chosen.gradient_checkpointing:
                 because = "activations do not fit without, or only of batches too small to be fast"
-            self._decide("train.gradient_checkpointing", str(option.gradient_checkpointing).lower(), because)
+            self._decide("train.gradient_checkpointing", str(choice.chosen.gradient_checkpointing).lower(), because)
+
+    def _explain_map(self, choice: Choice) -> None:
+        """Why this schedule, and whether one device alone would do better."""
+        option, seconds = choice.chosen.option, choice.chosen.time.total_s
+        others = [c for c in choice.others if c.fits and c.option.schedule not in (None, option.schedule)]
+        if self.recipe.strategy.schedule == "auto" and (self.device_map is None or self.device_map.schedule == "auto"):
+            because = "the only one that is possible here"
+            if others:
+                because = f"{others[0].time.total_s / seconds:.2f} × as fast as {others[0].option.schedule}"
+            self._decide("strategy.schedule", str(option.schedule), because)
+        better = [c for c in choice.others if c.device is not None and c.fits and c.time.total_s < seconds]
+        if better:
+            best = min(better, key=lambda candidate: candidate.time.total_s)
+            because = (
+                f"{seconds / best.time.total_s:.2f} × as fast by itself: strategy.type=single hardware='{best.device}'"
+            )
+            self._decide("warning", f"one {best.device} is enough", because)
 
 
 def _reason(choice: Choice, num_devices: int) -> str:

@@ -9,7 +9,9 @@ from pydantic import BaseModel, ConfigDict
 from launcher.cluster import Cluster
 from launcher.memory import Memory
 from launcher.modelshape import ModelShape
+from launcher.placement import Schedule
 from launcher.recipe import Recipe
+from launcher.recipe.device_maps import DeviceMap
 from launcher.remotecode import RemoteCode
 from launcher.steptime import StepTime
 
@@ -29,7 +31,10 @@ class Decision(BaseModel):
 
 
 class Alternative(BaseModel):
-    """A way to train that was priced: seconds of a step with all rows at their longest, bytes of the fullest device."""
+    """A way to train that was priced: seconds of a step with all rows at their longest, bytes of the fullest device.
+
+    `device`: the one that is used alone, where the plan has several.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -39,6 +44,30 @@ class Alternative(BaseModel):
     step_s: float
     memory_bytes: int
     fits: bool
+    schedule: Schedule | None = None
+    device: str | None = None
+
+
+class StagePlan(BaseModel):
+    """Layers [first, stop) on one device of a device map.
+
+    Args:
+        device: its place among the cluster's devices.
+        embedding, head: whether these lie here too, the head with the last norm.
+        recompute: whether its layers are computed again in the backward pass.
+        memory_bytes: at its fullest; seconds: of one micro batch, forward and backward.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device: int
+    first: int
+    stop: int
+    embedding: bool
+    head: bool
+    recompute: bool
+    memory_bytes: int
+    seconds: float
 
 
 class Plan(BaseModel):
@@ -52,6 +81,8 @@ class Plan(BaseModel):
         time: seconds of a step with every row at data.max_length.
         alternatives: the chosen way, then the best of every other kind that was open.
         code: the model's own .py files that are executed; None for none, and where they have not been fetched yet.
+        device_map: what strategy.device_map names.
+        schedule: naive or pipelined under a device map, else None; stages: in the order of the layers.
         resume_from: checkpoint folder below the run directory, None for a fresh start.
     """
 
@@ -78,6 +109,9 @@ class Plan(BaseModel):
     time: StepTime
     alternatives: tuple[Alternative, ...]
     decisions: tuple[Decision, ...]
+    schedule: Schedule | None = None
+    device_map: DeviceMap | None = None
+    stages: tuple[StagePlan, ...] = ()
     code: RemoteCode | None = None
     resume_from: str | None = None
 
@@ -136,4 +170,7 @@ def budget_bytes(strategy: str, cluster: Cluster) -> int:
 
 def lacking_bytes(plan: Plan) -> int:
     """How many bytes the plan is short of; negative where it fits."""
-    return plan.memory.total_bytes - budget_bytes(plan.strategy, plan.cluster)
+    lacking = plan.memory.total_bytes - budget_bytes(plan.strategy, plan.cluster)
+    if plan.strategy == "device_map":  # enough together is not enough: no device may be over its own budget
+        return -1 if plan.stages else max(1, lacking)
+    return lacking

@@ -111,7 +111,7 @@ def _tried(plan: Plan, changes: Sequence[_Change]) -> Remedy | None:
     if broken_rules(changed):
         return None
     try:
-        other = Deciding(changed, plan.cluster, plan.shape).plan(plan.name)
+        other = Deciding(changed, plan.cluster, plan.shape, plan.device_map).plan(plan.name)
     except RecipeError:
         return None
     if lacking_bytes(other) > 0:

@@ -6,14 +6,18 @@ same choice everywhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launcher.cluster import Cluster, Device
 from launcher.memory import Memory, MemoryRequest, estimate
 from launcher.modelshape import ModelShape
-from launcher.plan.model import Alternative, Dtype, Plan, budget_bytes
+from launcher.placement import Schedule
+from launcher.plan.model import Alternative, Dtype, Plan, StagePlan, budget_bytes
+from launcher.plan.spreading import Way, spread
 from launcher.recipe import Recipe
+from launcher.recipe.device_maps import DeviceMap
 from launcher.steptime import StepTime, speed_of, step_time
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -27,21 +31,36 @@ SIMPLEST_FIRST = ("single", "ddp", "device_map", "fsdp", "zero2", "zero1", "zero
 
 @dataclass(frozen=True)
 class Option:
-    """One way to train."""
+    """One way to train.
+
+    Args:
+        gradient_checkpointing: of every device; None under a device map leaves it to each.
+        schedule: of a device map.
+    """
 
     strategy: str
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | None
     micro_batch: int
+    schedule: Schedule | None = None
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An option with what it costs."""
+    """An option with what it costs; `stages` of a device map; `device` where only one of several is used."""
 
     option: Option
     memory: Memory
     time: StepTime
     fits: bool
+    stages: tuple[StagePlan, ...] = ()
+    device: str | None = None
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether any layer is computed again."""
+        if self.option.gradient_checkpointing is None:
+            return any(stage.recompute for stage in self.stages)
+        return self.option.gradient_checkpointing
 
 
 @dataclass(frozen=True)
@@ -53,11 +72,13 @@ class Question:
     shape: ModelShape
     dtype: Dtype
     trained: int
+    device_map: DeviceMap | None = None
 
-    def num_processes(self, strategy: str) -> int:
-        """Ranks that a strategy starts: a naive device map is one process over all devices."""
-        naive = strategy == "device_map" and self.recipe.strategy.schedule == "naive"
-        return 1 if naive else self.cluster.num_devices
+    def num_processes(self, candidate: Candidate) -> int:
+        """Ranks that are started: a naive device map is one process over all devices, a pipeline one for each stage."""
+        if candidate.option.strategy != "device_map":
+            return self.cluster.num_devices
+        return len(candidate.stages) if candidate.option.schedule == "pipelined" and candidate.stages else 1
 
     def num_replicas(self, strategy: str) -> int:
         """Ranks with rows of their own: a device map is one model, however many processes it takes."""
@@ -75,6 +96,8 @@ class Question:
         memory = estimate(request)
         num_replicas = self.num_replicas(option.strategy)
         accumulation = max(1, self.recipe.train.global_batch // (num_replicas * option.micro_batch))
+        if option.schedule is not None:
+            return self._spread(option, request, accumulation)
         slowest = max(
             (
                 step_time(request, speed_of(d, self.cluster, self.dtype), accumulation, num_replicas)
@@ -86,6 +109,19 @@ class Question:
         if self.recipe.train.micro_batch == "auto":
             budget = round(budget * (1 - FREE_SHARE))
         return Candidate(option, memory, slowest, memory.total_bytes <= budget)
+
+    def _spread(self, option: Option, request: MemoryRequest, micro_batches: int) -> Candidate:
+        """The best placement of a device map. A pipeline has to have work for all of its stages."""
+        assert option.schedule is not None
+        spared = FREE_SHARE if self.recipe.train.micro_batch == "auto" else 0.0
+        way = Way(option.schedule, micro_batches, option.gradient_checkpointing, spared)
+        found = spread(request, self.cluster, self.dtype, way, self.device_map)
+        if found is None or (option.schedule == "pipelined" and len(found.stages) > micro_batches):
+            endless = StepTime(
+                forward_s=math.inf, backward_s=0, recompute_s=0, optimizer_s=0, communication_s=0, tokens=1, basis=""
+            )
+            return Candidate(option, estimate(request), endless, fits=False)
+        return Candidate(option, found.memory, found.time, True, found.stages)
 
     def _kinds(self) -> Sequence[Device]:
         """One device of each kind: a thousand hosts are mostly alike."""
@@ -104,7 +140,7 @@ class Question:
             optimizer=recipe.train.optimizer,
             micro_batch=option.micro_batch,
             sequence_length=recipe.data.max_length,
-            gradient_checkpointing=option.gradient_checkpointing,
+            gradient_checkpointing=bool(option.gradient_checkpointing),
             strategy=option.strategy,
             offload=recipe.strategy.offload,
             num_processes=self.cluster.num_devices,
@@ -124,11 +160,13 @@ class Choice:
         return tuple(
             Alternative(
                 strategy=candidate.option.strategy,
-                gradient_checkpointing=candidate.option.gradient_checkpointing,
+                gradient_checkpointing=candidate.gradient_checkpointing,
                 micro_batch=candidate.option.micro_batch,
                 step_s=candidate.time.total_s,
                 memory_bytes=candidate.memory.total_bytes,
                 fits=candidate.fits,
+                schedule=candidate.option.schedule,
+                device=candidate.device,
             )
             for candidate in (self.chosen, *self.others)
         )
@@ -138,8 +176,9 @@ def time_of_rows(plan: Plan, length: float) -> StepTime:
     """The time of a step of a plan whose rows have `length` tokens on average, as prepare found them."""
     data = plan.recipe.data.model_copy(update={"max_length": max(1, round(length))})
     recipe = plan.recipe.model_copy(update={"data": data})
-    question = Question(recipe, plan.cluster, plan.shape, plan.dtype, plan.trainable_parameters)
-    return question.price(Option(plan.strategy, plan.gradient_checkpointing, plan.micro_batch)).time
+    question = Question(recipe, plan.cluster, plan.shape, plan.dtype, plan.trainable_parameters, plan.device_map)
+    again = None if plan.strategy == "device_map" else plan.gradient_checkpointing
+    return question.price(Option(plan.strategy, again, plan.micro_batch, plan.schedule)).time
 
 
 def choose(question: Question, options: Sequence[Option]) -> Choice:
@@ -154,19 +193,36 @@ def choose(question: Question, options: Sequence[Option]) -> Choice:
         chosen = min((candidate for candidate in fitting if candidate.time.total_s <= limit), key=_plainness)
     else:
         chosen = min(priced, key=lambda candidate: (candidate.memory.total_bytes, _plainness(candidate)))
-    best: dict[tuple[str, bool], Candidate] = {}
+    best: dict[tuple[object, ...], Candidate] = {}
     for candidate in sorted(priced, key=_order):
-        best.setdefault((candidate.option.strategy, candidate.option.gradient_checkpointing), candidate)
-    key = (chosen.option.strategy, chosen.option.gradient_checkpointing)
-    return Choice(chosen, tuple(candidate for kind, candidate in best.items() if kind != key))
+        best.setdefault(_kind(candidate), candidate)
+    others = (candidate for kind, candidate in best.items() if kind != _kind(chosen))
+    return Choice(chosen, tuple(other for other in others if other.time.total_s < math.inf))
 
 
-def _plainness(candidate: Candidate) -> tuple[int, bool, int]:
+def alone(question: Question, sizes: Sequence[int]) -> list[Candidate]:
+    """The best way on each kind of device by itself, beside which a device map has to show itself."""
+    found = []
+    for device in {device.name: device for device in question.cluster.devices}.values():
+        node = question.cluster.nodes[0].model_copy(update={"devices": (device,)})
+        one = replace(question, cluster=question.cluster.model_copy(update={"nodes": (node,)}), device_map=None)
+        options = [Option("single", checkpointing, size) for checkpointing in (False, True) for size in sizes]
+        found.append(replace(choose(one, options).chosen, device=device.name))
+    return found
+
+
+def _kind(candidate: Candidate) -> tuple[object, ...]:
+    """What tells alternatives apart; of each kind the best is shown."""
+    return candidate.option.strategy, candidate.option.gradient_checkpointing, candidate.option.schedule
+
+
+def _plainness(candidate: Candidate) -> tuple[int, bool, bool, int]:
     option = candidate.option
-    return SIMPLEST_FIRST.index(option.strategy), option.gradient_checkpointing, -option.micro_batch
+    pipelined = option.schedule == "pipelined"
+    return SIMPLEST_FIRST.index(option.strategy), pipelined, candidate.gradient_checkpointing, -option.micro_batch
 
 
-def _order(candidate: Candidate) -> tuple[bool, float, tuple[int, bool, int]]:
+def _order(candidate: Candidate) -> tuple[bool, float, tuple[int, bool, bool, int]]:
     """What fits first, then the faster; what does not fit by how little it needs."""
     cost = candidate.time.total_s if candidate.fits else float(candidate.memory.total_bytes)
     return not candidate.fits, cost, _plainness(candidate)

@@ -97,8 +97,6 @@ def _strategy(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             "strategy.schedule", f"{strategy.type} has no schedule. Set strategy.type=device_map, or schedule=naive"
         )
-    if strategy.type == "device_map" and strategy.device_map is None:
-        yield Problem("strategy.device_map", "is missing. Name one, e.g. strategy.device_map=2gpu-mixed")
     if strategy.type not in ("device_map", "auto") and strategy.device_map is not None:
         yield Problem(
             "strategy.type",

@@ -161,8 +161,9 @@ class Strategy(Section):
         "none", description="ZeRO: what is kept in host memory instead of on the device."
     )
     device_map: str | None = Field(None, description="device_map: a name in recipes/device_maps or a file.")
-    schedule: Literal["naive", "pipelined"] = Field(
-        "naive", description="device_map: one device after the other, or micro batches in flight on all of them."
+    schedule: Literal["auto", "naive", "pipelined"] = Field(
+        "auto",
+        description="device_map: one device after the other, micro batches in flight on all of them, or the device map's own choice.",
     )
 
 

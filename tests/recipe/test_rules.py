@@ -157,12 +157,6 @@ RULES: list[tuple[Sections, str, str, Sections]] = [
         )
         for name in ("zero1", "zero2")
     ),
-    (
-        {"strategy": {"type": "device_map"}},
-        "strategy.device_map",
-        "is missing. Name one, e.g. strategy.device_map=2gpu-mixed",
-        {"strategy": {"type": "device_map", "device_map": "2gpu-mixed"}},
-    ),
     *(
         (
             {"strategy": {"type": name, "device_map": "2gpu-mixed"}},
