@@ -54,7 +54,7 @@ class Deciding:
         self.dtype = self._dtype()
         self.weights_dtype = self._weights_dtype()
         targets = self._targets()
-        batching = self._batching()
+        self.batching = self._batching()
         self.trained = 0 if self.problems else trainable_parameters(self.shape, recipe.adapter)
         checkpointing, micro_batch, memory = self._micro_batch()
         if self.problems:
@@ -76,7 +76,7 @@ class Deciding:
             accumulation=recipe.train.global_batch // (self.num_replicas * micro_batch),
             global_batch=recipe.train.global_batch,
             gradient_checkpointing=checkpointing,
-            batching=batching,
+            batching=self.batching,
             memory=memory,
             decisions=tuple(self.decisions),
         )
@@ -163,7 +163,7 @@ class Deciding:
 
     def _weights_dtype(self) -> Dtype:
         """Precision in which the base lies in memory."""
-        if self.recipe.adapter.type != "full" or self.strategy not in ("single", "ddp", "device_map"):
+        if self.recipe.adapter.type != "full" or self.strategy not in ("single", "ddp", "fsdp", "device_map"):
             return self.dtype
         if self.dtype != "fp32":
             self._decide("weights", "fp32", f"{self.dtype} alone loses small updates of trained weights")
@@ -265,6 +265,8 @@ class Deciding:
                 optimizer=recipe.train.optimizer,
                 micro_batch=micro_batch,
                 sequence_length=recipe.data.max_length,
+                batching=self.batching,
+                accumulation=recipe.train.global_batch // (self.num_replicas * micro_batch),
                 gradient_checkpointing=gradient_checkpointing,
                 strategy=self.strategy,
                 offload=recipe.strategy.offload,
