@@ -407,8 +407,8 @@ def _remedy(line: str) -> tuple[str, float, str]:
     [
         (
             "RTX 3090",
-            {"model": {"path": SEVEN}, "data": {"max_length": 512}, "train": {"micro_batch": 8}},
-            {"train.micro_batch=1", "model.quantization=int8", "model.quantization=nf4"},
+            {"model": {"path": SEVEN}, "data": {"max_length": 512}, "train": {"micro_batch": 16}},
+            {"train.micro_batch=1", "model.quantization=nf4"},
         ),
         (
             "8xA800-80GB",
@@ -425,7 +425,8 @@ def _remedy(line: str) -> tuple[str, float, str]:
             {
                 "model": {"path": SEVEN},
                 "adapter": {"type": "full"},
-                "strategy": {"type": "device_map", "device_map": "any", "schedule": "pipelined"},
+                "data": {"max_length": 256},
+                "strategy": {"type": "device_map", "schedule": "pipelined"},
             },
             {"adapter.type=lora"},
         ),

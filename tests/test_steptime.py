@@ -59,7 +59,7 @@ def test_a_faster_card_is_never_slower() -> None:
 
 def test_tiny_batches_wait_for_python_and_not_for_the_card() -> None:
     one, four = seconds("H100-80GB", micro_batch=1, sequence_length=8), seconds("H100-80GB", sequence_length=8)
-    assert one == pytest.approx(four)
+    assert one == pytest.approx(four, rel=0.02)
 
 
 def test_slow_links_show_where_weights_travel() -> None:

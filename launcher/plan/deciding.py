@@ -57,7 +57,7 @@ class Deciding:
         targets = self._targets()
         batching = self._batching()
         trained = 0 if self.problems else trainable_parameters(self.shape, recipe.adapter)
-        question = Question(recipe, self.cluster, self.shape, self.dtype, trained, self.device_map)
+        question = Question(recipe, self.cluster, self.shape, self.dtype, batching, trained, self.device_map)
         choice = choose(question, self._options(question, strategies))
         if self.problems:
             raise RecipeError(self.problems)

@@ -14,7 +14,7 @@ from launcher.cluster import Cluster, Device
 from launcher.memory import Memory, MemoryRequest, estimate
 from launcher.modelshape import ModelShape
 from launcher.placement import Schedule
-from launcher.plan.model import Alternative, Dtype, Plan, StagePlan, budget_bytes
+from launcher.plan.model import Alternative, Batching, Dtype, Plan, StagePlan, budget_bytes
 from launcher.plan.spreading import Way, spread
 from launcher.recipe import Recipe
 from launcher.recipe.device_maps import DeviceMap
@@ -71,6 +71,7 @@ class Question:
     cluster: Cluster
     shape: ModelShape
     dtype: Dtype
+    batching: Batching
     trained: int
     device_map: DeviceMap | None = None
 
@@ -84,9 +85,13 @@ class Question:
         """Ranks with rows of their own: a device map is one model, however many processes it takes."""
         return 1 if strategy == "device_map" else self.cluster.num_devices
 
+    def accumulation(self, option: Option) -> int:
+        """Micro batches of a rank in a step."""
+        return max(1, self.recipe.train.global_batch // (self.num_replicas(option.strategy) * option.micro_batch))
+
     def weights_dtype(self, strategy: str) -> Dtype:
         """Precision in which the base lies in memory: alone in half precision, small updates of trained weights are lost."""
-        if self.recipe.adapter.type != "full" or strategy not in ("single", "ddp", "device_map"):
+        if self.recipe.adapter.type != "full" or strategy not in ("single", "ddp", "fsdp", "device_map"):
             return self.dtype
         return "fp32"
 
@@ -94,8 +99,7 @@ class Question:
         """Memory and time of an option."""
         request = self._request(option)
         memory = estimate(request)
-        num_replicas = self.num_replicas(option.strategy)
-        accumulation = max(1, self.recipe.train.global_batch // (num_replicas * option.micro_batch))
+        num_replicas, accumulation = self.num_replicas(option.strategy), self.accumulation(option)
         if option.schedule is not None:
             return self._spread(option, request, accumulation)
         slowest = max(
@@ -140,6 +144,8 @@ class Question:
             optimizer=recipe.train.optimizer,
             micro_batch=option.micro_batch,
             sequence_length=recipe.data.max_length,
+            batching=self.batching,
+            accumulation=self.accumulation(option),
             gradient_checkpointing=bool(option.gradient_checkpointing),
             strategy=option.strategy,
             offload=recipe.strategy.offload,
@@ -176,7 +182,9 @@ def time_of_rows(plan: Plan, length: float) -> StepTime:
     """The time of a step of a plan whose rows have `length` tokens on average, as prepare found them."""
     data = plan.recipe.data.model_copy(update={"max_length": max(1, round(length))})
     recipe = plan.recipe.model_copy(update={"data": data})
-    question = Question(recipe, plan.cluster, plan.shape, plan.dtype, plan.trainable_parameters, plan.device_map)
+    question = Question(
+        recipe, plan.cluster, plan.shape, plan.dtype, plan.batching, plan.trainable_parameters, plan.device_map
+    )
     again = None if plan.strategy == "device_map" else plan.gradient_checkpointing
     return question.price(Option(plan.strategy, again, plan.micro_batch, plan.schedule)).time
 

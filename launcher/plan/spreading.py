@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 from launcher.cluster import Cluster, Device
 from launcher.families import family
-from launcher.memory import CUDA_CONTEXT_BYTES, Memory, MemoryRequest, estimate, layer_bytes_per_token
+from launcher.memory import (
+    ALLOCATOR_RESERVE,
+    CUDA_CONTEXT_BYTES,
+    Memory,
+    MemoryRequest,
+    estimate,
+    kept_bytes,
+    passing_bytes,
+)
 from launcher.modelshape import ModelShape
 from launcher.placement import Layers, Place, Placement, Schedule, Stage, cost_of, place
 from launcher.plan.model import Dtype, StagePlan
@@ -82,16 +90,18 @@ def _layers(request: MemoryRequest) -> Layers:
     state = (whole.adapter_bytes + whole.gradients_bytes + whole.optimizer_bytes) // max(
         1, request.trainable_parameters
     )
-    kept = tokens * layer_bytes_per_token(request)
+    # What comes and goes leaves gaps in the allocator.
+    gaps = 1 + (ALLOCATOR_RESERVE if request.kind == "cuda" else 0)
+    kept, again = round(gaps * kept_bytes(request)), round(gaps * passing_bytes(request))
     return Layers(
         num=shape.num_layers,
         layer_bytes=(stays - state * sum(trained_ends)) // shape.num_layers,
         kept_bytes=kept,
-        input_bytes=tokens * shape.hidden_size * request.stream_bytes,
-        again_bytes=kept,
+        input_bytes=round(gaps * tokens * shape.hidden_size * request.stream_bytes),
+        again_bytes=kept + again,
         embedding_bytes=shape.embedding_parameters * in_half + state * trained_ends[0],
         head_bytes=shape.head_parameters * in_half + state * trained_ends[1],
-        logits_bytes=whole.logits_bytes,
+        logits_bytes=round(gaps * whole.logits_bytes),
         ends_together=ends_together(shape),
     )
 

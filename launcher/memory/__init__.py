@@ -1,0 +1,191 @@
+"""In: a model's shape and how it is trained. Out: `Memory`, bytes of one device at its fullest, in parts. Pure.
+
+A step has a few moments at which memory can be fullest; `estimate` counts what is there at each and answers with the
+fullest. Read `request` (question and answer), `states` (what stays from step to step), `activations` (a layer), then here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from launcher.memory.activations import kept_bytes, passing_bytes, untouched_bytes
+from launcher.memory.request import Memory, MemoryRequest
+from launcher.memory.states import (
+    adapter_bytes,
+    gradients_bytes,
+    linear_parameters,
+    optimizer_bytes,
+    trained_dtype_bytes,
+    weights_bytes,
+)
+
+__all__ = [
+    "ALLOCATOR_RESERVE",
+    "CUDA_CONTEXT_BYTES",
+    "GIB",
+    "Memory",
+    "MemoryRequest",
+    "estimate",
+    "kept_bytes",
+    "passing_bytes",
+]
+
+GIB = 2**30
+# Interpreter, torch, transformers and PEFT in one rank (facts: 390 MB after PEFT, 490 MB with the Trainer).
+_CPU_CONTEXT_BYTES = round(0.45 * GIB)
+# CUDA context, cuBLAS and NCCL: about what nvidia-smi shows beyond torch's own count; and what the allocator holds
+# beyond what is in use, as a share of all that comes and goes. Constants of experience, not measured on these cards.
+CUDA_CONTEXT_BYTES = round(0.6 * GIB)
+ALLOCATOR_RESERVE = 0.06
+_ZERO_BUCKET_ELEMENTS = 5 * 10**8  # DeepSpeed's own default for reduce_bucket_size
+
+# Activations, logits, buffers and gradients at a moment. All else is always there.
+_Moment = tuple[int, int, int, int]
+
+
+def estimate(request: MemoryRequest) -> Memory:
+    """The memory of one device, in parts. A device map's is that of all its devices together."""
+    activations, logits, buffers, gradients = max(_moments(request), key=sum)
+    context = _CPU_CONTEXT_BYTES
+    if request.kind == "cuda":
+        context = CUDA_CONTEXT_BYTES + round(ALLOCATOR_RESERVE * (gradients + activations + logits + buffers))
+    return Memory(
+        weights_bytes=weights_bytes(request),
+        adapter_bytes=adapter_bytes(request),
+        gradients_bytes=gradients,
+        optimizer_bytes=optimizer_bytes(request),
+        activations_bytes=activations,
+        logits_bytes=logits,
+        buffers_bytes=buffers,
+        context_bytes=context,
+    )
+
+
+def _moments(request: MemoryRequest) -> Iterator[_Moment]:
+    """The moments of a step at which memory can be fullest, in their order.
+
+    The logits: in the forward pass they are there in the compute dtype, in fp32, and as log-softmax; when the backward
+    pass begins, the log-softmax and two gradients, all fp32.
+    """
+    shape, c = request.shape, request.compute_dtype_bytes
+    # Gradients fill up during the last backward pass; with accumulation they are there from the second micro batch on.
+    gradients = gradients_bytes(request)
+    before = gradients if request.accumulation > 1 else 0
+    values = request.num_tokens * shape.vocab_size
+    kept, passing = kept_bytes(request), passing_bytes(request)
+    layers = (
+        _layer_inputs_bytes(request)
+        if request.gradient_checkpointing
+        else shape.num_layers * kept - untouched_bytes(request)
+    )
+    activations = layers + _ends_bytes(request)
+    again = kept if request.gradient_checkpointing else 0
+    always = _always_bytes(request)
+    casts, head_cast, layer_casts = _casts_bytes(request)
+    embedding, head, held, layer = _gathered_bytes(request)
+
+    # The first layers are gathered; the head is gathered; the loss is there; the backward pass begins.
+    yield 0, 0, always + 2 * embedding + (2 if held else 1) * layer, before
+    yield activations, 0, always + casts + held + 2 * head + layer, before
+    yield activations, values * (c + 8 if c < 4 else 8), always + casts + held + 2 * head, before
+    yield activations, values * 12, always + (head_cast if again else casts) + held + head, before
+    # The last layer goes backward; the one before it, which was gathered meanwhile; all gradients of that one are there.
+    below = layers - layers // shape.num_layers
+    always_back = always + held + (layer_casts if again else casts - head_cast)
+    headed = max(before, _head_gradient_bytes(request))
+    yield layers + again + passing, 0, always_back + 2 * layer, headed
+    yield below + again + passing, 0, always_back + 3 * layer, headed
+    yield below, 0, always_back + (4 if request.full else 3) * layer, headed
+    # The first layer goes backward: what the others kept is gone, their gradients are there.
+    first = request.num_tokens * shape.hidden_size * request.stream_bytes
+    yield first + kept + passing, 0, always + layer_casts + held + 3 * layer, gradients
+    yield 0, 0, always + held + (2 * embedding if request.full else 0) + layer, gradients
+    # The optimizer steps.
+    yield 0, 0, always + _update_bytes(request), gradients
+
+
+def _head_gradient_bytes(request: MemoryRequest) -> int:
+    """The gradient that is there first."""
+    shape = request.shape
+    if not request.full or shape.tie_word_embeddings:
+        return 0
+    shards = request.shards if request.strategy in ("zero2", "zero3", "fsdp") else 1
+    return shape.head_parameters * trained_dtype_bytes(request) // shards
+
+
+def _layer_inputs_bytes(request: MemoryRequest) -> int:
+    """What checkpointing keeps: the input of each layer."""
+    return request.shape.num_layers * request.num_tokens * request.shape.hidden_size * request.stream_bytes
+
+
+def _ends_bytes(request: MemoryRequest) -> int:
+    """What is kept beside the layers: the input of the last norm, and where they are trained that of its weight and the head.
+
+    And the one mask that all layers make theirs from, a byte a pair of tokens.
+    """
+    shape, s = request.shape, request.stream_bytes
+    per_value = 4 if shape.rms_norm or request.kind == "cuda" else s
+    if request.full:
+        per_value += request.compute_dtype_bytes + (s if shape.rms_norm else 0)
+    mask = request.num_tokens * (request.num_tokens if request.batching == "packed" else request.sequence_length)
+    return request.num_tokens * shape.hidden_size * per_value + (mask if request.masked else 0)
+
+
+def _always_bytes(request: MemoryRequest) -> int:
+    """Buffers that are there at every moment: DDP's buckets, and room for the widest matrix that is dequantized."""
+    shape = request.shape
+    buffers = 0
+    if request.quantization != "none":
+        largest = max((in_features * out_features for in_features, out_features in shape.linears.values()), default=0)
+        buffers += largest * request.compute_dtype_bytes
+    trained = request.trainable_parameters * trained_dtype_bytes(request)
+    if request.strategy == "ddp" and request.num_processes > 1:
+        buffers += trained
+    if request.strategy in ("zero1", "zero2"):
+        buffers += min(trained, _ZERO_BUCKET_ELEMENTS * request.compute_dtype_bytes)
+    return buffers
+
+
+def _casts_bytes(request: MemoryRequest) -> tuple[int, int, int]:
+    """Copies of trained weights that autocast makes and keeps: of all layers and the head, of the head, of one layer.
+
+    They live until the forward pass ends, and on where the backward pass needs them; checkpointing makes a layer's anew.
+    """
+    shape, c = request.shape, request.compute_dtype_bytes
+    if c == 4:
+        return 0, 0, 0
+    if not request.full:
+        return request.trainable_parameters * c, 0, request.trainable_parameters * c // shape.num_layers
+    if not request.autocast:
+        return 0, 0, 0
+    head = shape.vocab_size * shape.hidden_size * c
+    layer = linear_parameters(shape) * c
+    return shape.num_layers * layer + head, head, layer
+
+
+def _gathered_bytes(request: MemoryRequest) -> tuple[int, int, int, int]:
+    """Whole weights in the compute dtype where they lie sharded: embedding, head, what stays whole, and one layer.
+
+    FSDP2 gathers into one flat buffer and copies out of it. On the way back a layer is there whole while the next one
+    arrives, and with full training the gradients leave through a third such buffer. A head that is the embedding
+    stays whole from the beginning to the end.
+    """
+    if request.strategy not in ("zero3", "fsdp"):
+        return 0, 0, 0, 0
+    shape, c = request.shape, request.compute_dtype_bytes
+    end, layer = shape.vocab_size * shape.hidden_size * c, shape.layer_parameters * c
+    return (end, 0, end, layer) if shape.tie_word_embeddings else (end, end, 0, layer)
+
+
+def _update_bytes(request: MemoryRequest) -> int:
+    """What AdamW needs while it steps: on cards torch takes the square root of all second moments at once.
+
+    On a CPU it goes tensor by tensor, and has two values of the largest. The 8-bit optimizers need nothing beside.
+    """
+    if request.optimizer != "adamw" or request.strategy.startswith("zero"):
+        return 0
+    shape = request.shape
+    if request.kind == "cuda":
+        return 4 * request.trainable_parameters // request.shards
+    largest = max(shape.embedding_parameters, *(i * o for i, o in shape.linears.values())) if request.full else 0
+    return 2 * 4 * largest // request.shards

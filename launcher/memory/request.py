@@ -1,0 +1,95 @@
+"""What memory is asked for, and the answer: `MemoryRequest` and `Memory`, both plain values."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from launcher.modelshape import ModelShape
+from launcher.recipe.schema import Adapter
+
+
+class MemoryRequest(BaseModel):
+    """One way to train a model. Bytes are a value's; `sequence_length` in tokens, `micro_batch` in rows of that length.
+
+    `weights_dtype_bytes` is that of the base as it lies in memory (what is quantized is counted apart), `adapter` says
+    which inputs have to be kept; None is LoRA on the family's own targets without dropout. `accumulation`: micro
+    batches of a step; from the second on the gradients of the first are there.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shape: ModelShape
+    trainable_parameters: int
+    full: bool
+    adapter: Adapter | None = None
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    weights_dtype_bytes: int = 2
+    compute_dtype_bytes: int = 2
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    micro_batch: int
+    sequence_length: int
+    batching: Literal["padded", "bucketed", "packed"] = "padded"
+    accumulation: int = 2
+    gradient_checkpointing: bool = False
+    strategy: Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp", "device_map"] = "single"
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    num_processes: int = 1
+    kind: Literal["cuda", "cpu"] = "cuda"
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a micro batch, padding and all."""
+        return self.micro_batch * self.sequence_length
+
+    @property
+    def autocast(self) -> bool:
+        """Whether fp32 weights are computed with in half precision: single, DDP and device maps leave that to autocast.
+
+        FSDP and DeepSpeed hand the layers weights of half precision instead.
+        """
+        half = self.compute_dtype_bytes < self.weights_dtype_bytes
+        return half and self.strategy in ("single", "ddp", "device_map")
+
+    @property
+    def stream_bytes(self) -> int:
+        """Bytes of a value between the layers: fp32 weights under autocast keep it in fp32."""
+        return self.weights_dtype_bytes if self.autocast else self.compute_dtype_bytes
+
+    @property
+    def masked(self) -> bool:
+        """Whether attention gets a mask. A single row needs none, and transformers then passes none.
+
+        The longest micro batch is counted as if some row of it were padded.
+        """
+        return self.micro_batch > 1
+
+    @property
+    def shards(self) -> int:
+        """Parts that whatever is sharded lies in."""
+        return self.num_processes if self.strategy in ("zero1", "zero2", "zero3", "fsdp") else 1
+
+
+class Memory(BaseModel):
+    """Bytes of the fullest device at its fullest moment, in parts that are there together."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weights_bytes: int
+    adapter_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    logits_bytes: int
+    buffers_bytes: int
+    context_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All parts together."""
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        """The parts by the word for each: weights, adapter, gradients, …, context."""
+        return {name.removesuffix("_bytes"): value for name, value in self}
