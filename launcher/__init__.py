@@ -14,7 +14,7 @@
     plan/        (Recipe, Cluster, ModelShape) -> Plan
     explain      where the value of a key comes from
     command      Plan -> what each node starts
-    preflight    Plan and this machine -> findings
+    preflight/   Plan and this machine -> findings
     report       files of a run -> what happened
     supervise    start, follow, stop
     foreground   chat and export, with this terminal

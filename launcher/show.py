@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -166,13 +167,16 @@ def _memory_bar(plan: Plan) -> str:
     return f"{' + '.join(device.name for device in devices)}  {gib(whole)} GiB  {bar}  {parts}"
 
 
-def show_findings(screen: Console, findings: list[Finding]) -> None:
-    """Preflight's findings, a line each, with what to type below those that stand in the way."""
+def show_findings(screen: Console, findings: Iterable[Finding]) -> list[Finding]:
+    """Preflight's findings as they come, a line each, with what to type below those that stand in the way."""
+    shown = []
     marks = {"ok": "[green]✓[/green]", "warning": "[yellow]![/yellow]", "error": "[red]✗[/red]"}
     for finding in findings:
         screen.print(f"{marks[finding.level]} {escape(finding.what)}: {escape(finding.found)}")
         if finding.to_type:
             screen.print(f"    {escape(finding.to_type)}")
+        shown.append(finding)
+    return shown
 
 
 def show_resume(screen: Console, chosen: Verdict | None, skipped: list[Verdict], run: Path) -> None:
