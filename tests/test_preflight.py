@@ -307,6 +307,24 @@ def test_too_few_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--pids-limit" in found.to_type
 
 
+@pytest.mark.parametrize(
+    ("soft", "hard", "typed"),
+    [
+        (100, 4000, "ulimit -u 4000"),
+        (100, resource.RLIM_INFINITY, "ulimit -u unlimited"),
+        (100, 100, "/etc/security/limits.conf"),
+    ],
+)
+def test_too_few_processes_of_a_user_who_is_not_root(
+    soft: int, hard: int, typed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.preflight.machine.os.geteuid", lambda: 1000)
+    monkeypatch.setattr("launcher.preflight.machine.process_limit", lambda: None)
+    monkeypatch.setattr("launcher.preflight.machine.resource.getrlimit", lambda _: (soft, hard))
+    found = one(limits("cpu", 8), "processes")
+    assert (found.level, typed in found.to_type) == ("warning", True)
+
+
 # --- the model's files
 
 

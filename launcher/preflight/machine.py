@@ -107,8 +107,14 @@ def _open_files() -> Iterator[Finding]:
 
 def _processes(num_ranks: int) -> Iterator[Finding]:
     """Threads count as processes: of the user (RLIMIT_NPROC, not for root) and of the container (pids.max)."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
-    allowed = [] if soft == resource.RLIM_INFINITY or os.geteuid() == 0 else [(soft, "ulimit -u unlimited")]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+    unlimited = resource.RLIM_INFINITY
+    more = (
+        "raise `nproc` in /etc/security/limits.conf"
+        if soft == hard
+        else f"ulimit -u {'unlimited' if hard == unlimited else hard}"
+    )
+    allowed = [] if soft == unlimited or os.geteuid() == 0 else [(soft, more)]
     container = process_limit()
     if container is not None:
         allowed.append((container, "docker run --pids-limit=-1 …"))

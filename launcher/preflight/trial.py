@@ -22,8 +22,8 @@ from launcher.cluster import Cluster, found_on_this_machine
 from launcher.command import rank_environment
 from launcher.preflight.finding import Finding
 
-# Without any rank getting further. Importing torch is the longest step, from a cold disk on a busy machine.
-STANDSTILL_S, IMPORT_S = 20.0, 120.0
+# Without any rank getting further. Starting takes longest: torch from a cold disk, a driver that was not loaded for these cards.
+STANDSTILL_S, START_S = 20.0, 120.0
 _POLL_S = 0.05
 _DOING = {
     "import": "imports torch",
@@ -167,8 +167,8 @@ def _follow(ranks: list[Rank]) -> str:
         if not any(alive):
             wrong = [number for number, rank in enumerate(ranks) if not rank.last.get("right")]
             return f"the sum is wrong on rank{'s' if len(wrong) > 1 else ''} {_numbers(wrong)}" if wrong else ""
-        importing = any(rank.last["state"] == "import" for rank in ranks)
-        limit = IMPORT_S if importing else STANDSTILL_S
+        starting = any(rank.last["state"] in ("import", "device") for rank in ranks)
+        limit = START_S if starting else STANDSTILL_S
         if time.monotonic() - heard > limit:
             doing = [f"rank {number} {rank.doing()}" for number, rank in enumerate(ranks) if not rank.ended_well]
             return f"stood still for {limit:.0f} s: {', '.join(doing)}"
