@@ -9,17 +9,17 @@
     native       config of a model with its own code -> that of the transformers class that computes the same
     modelshape/  config.json and tensor headers -> parameters     (catalogue.yaml)
     remotecode/  the .py files of a model -> found, looked at, pinned, staged
-    memory       bytes of a device, in parts
+    memory/      bytes of a device, in parts
     steptime     seconds of a step, in parts
     placement    layers -> unlike devices
     plan/        (Recipe, Cluster, ModelShape) -> Plan
     explain      where the value of a key comes from
     command      Plan -> what each node starts
-    preflight    Plan and this machine -> findings
+    preflight/   Plan and this machine -> findings
     report       files of a run -> what happened
     supervise    start, follow, stop
     foreground   chat and export, with this terminal
-    show         all of it -> what a person reads
+    show/        all of it -> what a person reads
     start        recipe and flags -> plan -> a run carried out
     cli          verbs
     worker/      torch side: executes a Plan (prepare, model, adapters, data/, training, checkpoint, metrics, chat, export)

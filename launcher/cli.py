@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import re
 import sys
@@ -136,14 +137,22 @@ def plan(
 @nproc_option
 @hostfile_option
 def check(recipe: str, overrides: tuple[str, ...], nproc: int | None, hostfile: str | None) -> None:
-    """Check a recipe, and whether this machine is ready for it."""
+    """Check a recipe, and whether this machine is ready for it; devices are tried out, which takes some seconds."""
     from launcher import preflight
     from launcher.show import console, show_findings
 
     loaded, made = start.plan_recipe(recipe, overrides, Where(nproc, hostfile))
     findings = preflight.check(made, start.new_run_dir(loaded).path)
-    show_findings(console(), findings)
-    preflight.require(findings, listed=True)
+    preflight.require(show_findings(console(), itertools.chain(findings, preflight.tried(made.cluster))), listed=True)
+
+
+@cli.command()
+def doctor() -> None:
+    """Check this machine without a recipe: packages, cards, memory, limits; devices are tried out, which takes some seconds."""
+    from launcher import preflight
+    from launcher.show import console, show_findings
+
+    preflight.require(show_findings(console(), itertools.chain(preflight.diagnose(), preflight.tried())), listed=True)
 
 
 @cli.command()

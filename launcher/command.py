@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launcher.cluster import Cluster
 from launcher.plan import Plan
 from launcher.rundir import RunDir
 
@@ -66,16 +67,21 @@ def _environment(plan: Plan, run: RunDir) -> dict[str, str]:
 
 def worker_environment(plan: Plan) -> dict[str, str]:
     """Variables for libraries that read nothing else."""
+    return rank_environment(plan.cluster, plan.num_processes)
+
+
+def rank_environment(cluster: Cluster, num_processes: int) -> dict[str, str]:
+    """The variables of processes that share the devices of this node."""
     env = {
-        "OMP_NUM_THREADS": str(max(1, _cores() // plan.num_processes)),
+        "OMP_NUM_THREADS": str(max(1, _cores() // num_processes)),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYTHONUNBUFFERED": "1",
     }
-    if plan.kind == "cuda":
+    if cluster.kind == "cuda":
         env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the order of nvidia-smi, which the plan has
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(device.uuid or str(device.index) for device in plan.cluster.devices)
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(device.uuid or str(device.index) for device in cluster.devices)
     else:
         env["CUDA_VISIBLE_DEVICES"] = ""
         # One node: a host name that resolves to another interface would make gloo hang.

@@ -182,6 +182,13 @@ def open_run(name: str | Path) -> RunDir:
     return run
 
 
+def cache_folder() -> Path:
+    """Where what prepare makes is kept, beside all runs: $LAUNCH_CACHE, else below the user's cache folder."""
+    root = os.environ.get("LAUNCH_CACHE")
+    folder = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "launch"
+    return folder.expanduser().absolute()
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write a whole file: a reader sees the old one or the new one, also after a crash."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -79,7 +79,9 @@ def carry_out(resuming: bool, made: Plan, where: RunDir) -> NoReturn:
     screen = show.console()
     show.line(screen, made.name, show.summary(made))
     show.line(screen, "plan", show.batch(made))
-    preflight.require(preflight.check(made, where.path))
+    findings = preflight.check(made, where.path)
+    preflight.require(findings)
+    show.show_findings(screen, [finding for finding in findings if finding.level == "warning"])
     if made.recipe.launch.run_dir is None and not resuming:
         where = where.claimed()
     where.create()

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from launcher.cluster.cards import Card, card, card_names, card_of
 from launcher.cluster.hardware import found_on_this_machine, resolve_cluster, this_machine
-from launcher.cluster.machine import host_memory_bytes
+from launcher.cluster.machine import (
+    available_memory_bytes,
+    driver_version,
+    host_memory_bytes,
+    nvidia_on_the_bus,
+    process_limit,
+    usable_cores,
+)
 from launcher.cluster.model import GIB, MIB, Cluster, Device, Node
 
 __all__ = [
@@ -18,11 +25,16 @@ __all__ = [
     "Cluster",
     "Device",
     "Node",
+    "available_memory_bytes",
     "card",
     "card_names",
     "card_of",
+    "driver_version",
     "found_on_this_machine",
     "host_memory_bytes",
+    "nvidia_on_the_bus",
+    "process_limit",
     "resolve_cluster",
     "this_machine",
+    "usable_cores",
 ]

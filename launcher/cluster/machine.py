@@ -12,38 +12,100 @@ from launcher.cluster.model import MIB, Cluster, Device, Node
 
 _NVIDIA_SMI_FIELDS = "index,uuid,name,memory.total,memory.used,compute_cap"
 _NVIDIA_SMI_TIMEOUT_S = 20
+_PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
 
-def host_memory_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+def host_memory_bytes(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int:
     """Memory of this host in bytes, or the limit of the container we run in where that is smaller."""
-    try:
-        total = int(re.findall(r"^MemTotal:\s+(\d+) kB", (proc / "meminfo").read_text(), re.MULTILINE)[0]) * 1024
-    except (OSError, IndexError):
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([total, *_cgroup_limits(proc, cgroup)])
+    total = _meminfo_bytes("MemTotal", proc) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([total, *(limit for _, limit in _memory_limits(proc, cgroup))])
 
 
-def _cgroup_limits(proc: Path, cgroup: Path) -> list[int]:
-    """Every memory limit of our control group and its parents: v2 `memory.max`, v1 `memory.limit_in_bytes`."""
-    files = [cgroup / "memory.max", cgroup / "memory" / "memory.limit_in_bytes"]
+def available_memory_bytes(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int:
+    """Memory that new processes may take before the kernel kills one, in bytes.
+
+    MemAvailable of the host, or what is left below the container's limit; files that the kernel has cached give way.
+    """
+    left = [_meminfo_bytes("MemAvailable", proc) or host_memory_bytes(proc, cgroup)]
+    for folder, limit in _memory_limits(proc, cgroup):
+        used = _number(folder / "memory.current") or _number(folder / "memory.usage_in_bytes") or 0
+        stat = _read(folder / "memory.stat")
+        cached = re.search(r"^total_inactive_file (\d+)", stat, re.MULTILINE) or re.search(
+            r"^inactive_file (\d+)", stat, re.MULTILINE
+        )
+        left.append(max(0, limit - used + (int(cached[1]) if cached else 0)))
+    return min(left)
+
+
+def process_limit(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int | None:
+    """Most processes and threads that the container may have (pids.max), None where there is no such limit."""
+    limits = (_number(folder / "pids.max") for folder in _cgroup_folders("pids", proc, cgroup))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def driver_version(proc: Path = _PROC) -> str | None:
+    """Version of the NVIDIA driver, None where there is none: from the kernel, else (WSL has no such file) nvidia-smi."""
+    told = re.search(r"NVRM version:.*?\s(\d+(?:\.\d+)+)\s", _read(proc / "driver" / "nvidia" / "version"))
+    if told:
+        return told[1]
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        lines = (proc / "self" / "cgroup").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_NVIDIA_SMI_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    said = re.match(r"\d+(\.\d+)+", done.stdout)
+    return said[0] if said and done.returncode == 0 else None
+
+
+def nvidia_on_the_bus(sys: Path = Path("/sys")) -> bool:
+    """Whether an NVIDIA card is plugged in, driver or not: a PCI device of vendor 10de and class 03 (display)."""
+    devices = (sys / "bus" / "pci" / "devices").glob("*")
+    return any(
+        _read(device / "vendor").strip() == "0x10de" and _read(device / "class").startswith("0x03")
+        for device in devices
+    )
+
+
+def _meminfo_bytes(name: str, proc: Path) -> int | None:
+    told = re.search(rf"^{name}:\s+(\d+) kB", _read(proc / "meminfo"), re.MULTILINE)
+    return int(told[1]) * 1024 if told else None
+
+
+def _memory_limits(proc: Path, cgroup: Path) -> list[tuple[Path, int]]:
+    """Every memory limit of our control group and its parents, with its folder: v2 `memory.max`, v1 `memory.limit_in_bytes`."""
+    return [
+        (folder, limit)
+        for folder in _cgroup_folders("memory", proc, cgroup)
+        for name in ("memory.max", "memory.limit_in_bytes")
+        if (limit := _number(folder / name)) is not None
+    ]
+
+
+def _cgroup_folders(controller: str, proc: Path, cgroup: Path) -> list[Path]:
+    """Folders of our control group and its parents, under v2 and under that controller of v1; some may not be there."""
+    folders = [cgroup, cgroup / controller]
+    for line in _read(proc / "self" / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        root, name = (cgroup / "memory", "memory.limit_in_bytes") if controllers else (cgroup, "memory.max")
+        root = cgroup / controller if controllers else cgroup
         folder = root / path.lstrip("/")
-        files += [parent / name for parent in (folder, *folder.parents) if parent.is_relative_to(root)]
-    limits = []
-    for file in files:
-        try:
-            limits.append(int(file.read_text()))
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
-    return limits
+        folders += [parent for parent in (folder, *folder.parents) if parent.is_relative_to(root)]
+    return list(dict.fromkeys(folders))
+
+
+def _read(file: Path) -> str:
+    """The text of a small file of the kernel's, empty where it is not there."""
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
+
+
+def _number(file: Path) -> int | None:
+    """The number in such a file; None where it is not there or says `max`."""
+    text = _read(file).strip()
+    return int(text) if text.isdigit() else None
 
 
 def usable_cores() -> int:

@@ -64,13 +64,15 @@ def local_folder(path_or_id: str, base_dir: Path) -> Path | None:
     return None
 
 
+def hub_cache() -> Path:
+    """huggingface_hub's cache of models, by its own variables."""
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    return Path(os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or home / "hub").expanduser()
+
+
 def cached_snapshot(hub_id: str, revision: str | None = None) -> Path | None:
     """The folder of that model in huggingface_hub's cache, None where it is not there."""
-    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
-    cache_dir = Path(
-        os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or home / "hub"
-    ).expanduser()
-    model_dir = cache_dir / f"models--{hub_id.replace('/', '--')}"
+    model_dir = hub_cache() / f"models--{hub_id.replace('/', '--')}"
     ref = model_dir / "refs" / (revision or "main")
     commit = ref.read_text().strip() if ref.is_file() else revision
     snapshot = model_dir / "snapshots" / commit if commit else None
@@ -133,6 +135,21 @@ def read_tensors(folder: Path, complete: bool = True) -> dict[str, tuple[tuple[i
                 shape = tuple(entry["shape"])
                 tensors[name] = shape, prod(shape) * _DTYPE_BYTES.get(entry["dtype"], 1)
     return tensors
+
+
+def stored_dtypes(folder: Path) -> set[str]:
+    """Precisions of the floating-point tensors in a folder's safetensors files (`BF16`, `F32`, …); empty where a file lacks.
+
+    Raises:
+        PreflightError: a shard is cut short, or the index cannot be read.
+    """
+    entries = [
+        entry
+        for file in _shards(folder, complete=False)
+        for name, entry in read_header(file).items()
+        if name != "__metadata__"
+    ]
+    return {entry["dtype"] for entry in entries if "F" in entry["dtype"]}
 
 
 def _shards(folder: Path, complete: bool) -> list[Path]:

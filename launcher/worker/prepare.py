@@ -26,7 +26,7 @@ from typing import Any
 from launcher.errors import LaunchError, PreflightError
 from launcher.plan import Plan
 from launcher.remotecode import Staged, checked_code, read_code, stage
-from launcher.rundir import RunDir, read_json, write_json
+from launcher.rundir import RunDir, cache_folder, read_json, write_json
 from launcher.worker.data.rows import data_files, named
 from launcher.worker.prepared import DataReport, Prepared, write_prepared
 from launcher.worker.pulse import die_with_parent
@@ -215,13 +215,6 @@ def _rows_key(plan: Plan, data_hash: str) -> str:
     if data.eval is not None and data.eval.path is not None:
         chosen["eval"] = "a file of its own"
     return _key("rows", data_hash, chosen, plan.recipe.train.seed, data.max_length if data.overlong == "drop" else None)
-
-
-def cache_folder() -> Path:
-    """Where prepared things are kept: $LAUNCH_CACHE, else below the user's cache folder."""
-    root = os.environ.get("LAUNCH_CACHE")
-    folder = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "launch"
-    return folder.expanduser().absolute()
 
 
 def _made(what: str, key: str, cached: list[str], make: Callable[[Path], None]) -> Path:

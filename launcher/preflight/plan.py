@@ -1,0 +1,226 @@
+"""What one plan needs of this machine: its strategy, cards, data, code, packages, host memory, port; files and disks are next door."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from launcher.cluster import (
+    GIB,
+    Cluster,
+    available_memory_bytes,
+    found_on_this_machine,
+    host_memory_bytes,
+    usable_cores,
+)
+from launcher.families import family
+from launcher.modelshape.files import cached_snapshot, stored_dtypes
+from launcher.plan import Plan
+from launcher.preflight.disk import DTYPE_BYTES, room
+from launcher.preflight.files import model_files
+from launcher.preflight.finding import Finding, size
+from launcher.preflight.machine import limits
+from launcher.preflight.packages import ranges_kept, torch_wheel
+from launcher.preflight.port import port
+
+_RUNS = ("single", "ddp")
+_RANK_BYTES = round(0.45 * GIB)  # interpreter, torch, transformers and PEFT in a process, as in memory.py
+_STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+
+
+def check(plan: Plan, run_dir: Path) -> list[Finding]:
+    """Everything that can be known before a process is started."""
+    found = found_on_this_machine()
+    return [
+        *_strategy(plan),
+        *(torch_wheel(found) if plan.kind == "cuda" else ()),
+        *ranges_kept(),
+        *_devices(plan, found),
+        *_data(plan),
+        *model_files(plan),
+        *_code(plan),
+        *_code_versions(plan),
+        *_packages(plan),
+        *_host_memory(plan),
+        *limits(plan.kind, len(plan.cluster.nodes[0].devices)),
+        *room(plan, run_dir),
+        *port(plan.recipe.launch.port),
+    ]
+
+
+def _strategy(plan: Plan) -> Iterator[Finding]:
+    if plan.strategy not in _RUNS:
+        yield Finding(
+            "error",
+            f"strategy.type: {plan.strategy}",
+            f"this version plans it but runs {' and '.join(_RUNS)} only",
+            _instead(plan),
+        )
+    if plan.cluster.num_nodes > 1:
+        hosts = f"{plan.cluster.num_nodes} hosts"
+        yield Finding(
+            "error", hosts, "this version plans several hosts but starts ranks on one", "leave --hostfile out"
+        )
+    if plan.backend == "deepspeed":
+        yield Finding(
+            "error",
+            "launch.backend: deepspeed",
+            "this version starts ranks by torchrun or python",
+            "set launch.backend=torchrun",
+        )
+    if plan.shape.remote_code and not plan.recipe.model.trust_remote_code:
+        yield Finding(
+            "error",
+            f"model.path: {plan.shape.name}",
+            "; ".join(["its code is not part of transformers and comes with the weights", *plan.shape.not_native]),
+            "if you trust that code: model.trust_remote_code=true",
+        )
+
+
+def _instead(plan: Plan) -> str:
+    """What to type for a strategy that is only planned yet."""
+    if plan.strategy == "device_map":
+        return "train on one card: strategy.type=single strategy.device_map=null hardware=auto"
+    if plan.recipe.adapter.type == "full":
+        return "train an adapter instead: adapter.type=lora strategy.type=ddp"
+    return "set strategy.type=ddp"
+
+
+def _devices(plan: Plan, found: Cluster) -> Iterator[Finding]:
+    source = plan.cluster.source
+    planned = source if source.startswith("hardware:") else f"hardware: auto ({source})"
+    if plan.kind == "cpu":
+        yield Finding("ok", planned, f"{plan.num_processes} ranks on {usable_cores()} cores")
+        return
+    if found.kind == "cpu":
+        yield Finding(
+            "error", planned, "this machine has no GPU that nvidia-smi shows", "run on what is here: hardware=auto"
+        )
+        return
+    if found.num_devices < plan.cluster.num_devices:
+        to_type = f"use what is here: hardware=auto, or add --nproc {found.num_devices}"
+        yield Finding(
+            "error", planned, f"{plan.cluster.num_devices} devices planned, {found.num_devices} here", to_type
+        )
+        return
+    for wanted, here in zip(plan.cluster.devices, found.devices, strict=False):
+        free = here.memory_bytes - here.reserved_bytes
+        if free < plan.memory.total_bytes:
+            text = f"{here.name} has {free / GIB:.1f} GiB free, {plan.memory.total_bytes / GIB:.1f} GiB are planned"
+            yield Finding(
+                "error", planned, text, "end what uses the card (nvidia-smi shows it), or plan for it: hardware=auto"
+            )
+        elif wanted.name != here.name:
+            yield Finding(
+                "warning", planned, f"{here.name} is here instead of {wanted.name}", "plan for it: hardware=auto"
+            )
+
+
+def _data(plan: Plan) -> Iterator[Finding]:
+    data = plan.recipe.data
+    named = [("data.path", data.path)] + ([("data.eval.path", data.eval.path)] if data.eval and data.eval.path else [])
+    for key, paths in named:
+        for path in [paths] if isinstance(paths, str) else paths:
+            if not os.path.exists(path):
+                yield Finding(
+                    "error",
+                    f"{key}: {path}",
+                    "there is no such file or folder",
+                    f"give the path of your data: {key}=FILE",
+                )
+            elif not os.access(path, os.R_OK):
+                yield Finding("error", f"{key}: {path}", "may not be read by you", f"chmod +r {path}")
+            else:
+                yield Finding("ok", f"{key}: {path}", "is there")
+
+
+def _code(plan: Plan) -> Iterator[Finding]:
+    """Code that comes with the model; that it can be loaded was found out when it was planned."""
+    code = plan.code
+    if code is not None:
+        what, files = f"code of {plan.shape.name}", f"{len(code.files)} files, sha256 {code.sha256[:12]}…"
+        if code.pinned_by:
+            yield Finding("ok", what, f"{files}, pinned by {code.pinned_by}")
+        else:
+            yield Finding("warning", what, f"{files}; nothing pins it", "look at it and pin it: launch trust RECIPE")
+    elif plan.recipe.model.trust_remote_code and plan.shape.remote_code and plan.recipe.model.code_sha256 is None:
+        found = "is not here yet, so nobody can have looked at it"
+        to_type = "fetch it: launch prepare RECIPE; then look at it and pin it: launch trust RECIPE"
+        yield Finding("warning", f"code of {plan.shape.name}", found, to_type)
+
+
+def _code_versions(plan: Plan) -> Iterator[Finding]:
+    """A family's own code on a transformers that it was not written for."""
+    from packaging.version import Version
+
+    known = family(plan.shape.family).code_versions
+    if not plan.shape.remote_code or known is None or importlib.util.find_spec("transformers") is None:
+        return
+    here = Version(importlib.metadata.version("transformers"))
+    if not Version(known[0]) <= here <= Version(known[1]):
+        found = f"runs unchanged on transformers {known[0]} to {known[1]}; {here} is installed"
+        to_type = "nothing: prepare tries it before any rank starts; what is known of it is in docs/families.md"
+        yield Finding("warning", f"code of {plan.shape.name}", found, to_type)
+
+
+def _packages(plan: Plan) -> Iterator[Finding]:
+    needs_deepspeed = plan.strategy.startswith("zero") or plan.backend == "deepspeed"
+    for needed, package in ((plan.needs_bitsandbytes, "bitsandbytes"), (needs_deepspeed, "deepspeed")):
+        if needed and importlib.util.find_spec(package) is None:
+            yield Finding(
+                "error",
+                f"package {package}",
+                "this recipe needs it and it is not installed",
+                f"pip install 'launch-trainer[{package}]'",
+            )
+
+
+def _host_memory(plan: Plan) -> Iterator[Finding]:
+    """What the ranks of this host hold in its memory at their fullest, while they load the model or train.
+
+    On a CPU that is the plan's own figure. With cards each rank loads the weights into host memory first: mapped from the file, and
+    shared, where that has the wanted precision (2 MiB of 223 were a process's own, transformers 5.23), else a copy for
+    each rank (446 of 446). Quantised weights go to the card one by one.
+    """
+    num_ranks = plan.num_processes
+    if plan.kind == "cpu":
+        each, why = plan.memory.total_bytes, "to train"
+    else:
+        copied = plan.recipe.model.quantization == "none" and _weights_folder_dtypes(plan) != {
+            _STORED[plan.weights_dtype]
+        }
+        each = _RANK_BYTES + (plan.shape.num_parameters * DTYPE_BYTES[plan.weights_dtype] if copied else 0)
+        why = "while the weights are loaded" if copied else "beside the cards"
+    offloaded = _offloaded_bytes(plan)
+    needed = num_ranks * each + offloaded
+    total, available = host_memory_bytes(), available_memory_bytes()
+    ranks = f"{num_ranks} rank{'s' if num_ranks > 1 else ''} of {size(each)} {why}"
+    ranks += f", {size(offloaded)} of offloaded state" if offloaded else ""
+    found = f"{size(needed)} needed ({ranks}), {size(available)} of {size(total)} available"
+    if needed <= available:
+        yield Finding("ok", "host memory", found)
+        return
+    end = "; the kernel would kill a rank without a word (exit code -9, 137)"
+    fewer = f"fewer ranks: --nproc {max(1, num_ranks // 2)}" if num_ranks > 1 else "a smaller model"
+    if plan.kind == "cuda" and needed > total:
+        fewer += f", or weights stored in {plan.weights_dtype}, which ranks share"
+    yield Finding("warning", "host memory", found + end, f"end what else uses it (`free -g`, `top`), or {fewer}")
+
+
+def _weights_folder_dtypes(plan: Plan) -> set[str]:
+    """Precisions of the safetensors files that ranks will load (a conversion keeps them); empty where that is not known yet."""
+    path = plan.recipe.model.path
+    if path is None:
+        return {"F32"}  # as `worker/fresh.py` writes it
+    folder = Path(path) if os.path.isdir(path) else cached_snapshot(path, plan.recipe.model.revision)
+    return stored_dtypes(folder) if folder is not None else set()
+
+
+def _offloaded_bytes(plan: Plan) -> int:
+    """ZeRO-Offload keeps two fp32 values, an fp32 copy and a gradient a trained parameter, and the weights if asked to."""
+    offload = plan.recipe.strategy.offload
+    weights = plan.shape.num_parameters * DTYPE_BYTES[plan.weights_dtype] if offload == "parameters" else 0
+    return 0 if offload == "none" else weights + 16 * plan.trainable_parameters

@@ -1,0 +1,149 @@
+"""A plan in, what a person reads of it out: where every byte and second goes, why, and what else was possible."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from launcher.plan import Alternative, Plan, StagePlan, budget_bytes
+from launcher.remotecode import RemoteCode, Trusted
+from launcher.show.lines import GIB, as_typed, count, gib, line
+
+_BAR = 24
+_MOST_OTHERS = 6
+
+
+def summary(plan: Plan) -> str:
+    """Model, adapter and devices in one line."""
+    adapter = plan.recipe.adapter
+    targets = plan.targets if isinstance(plan.targets, str) else ",".join(plan.targets)
+    how = "full" if adapter.type == "full" else f"{adapter.type} r={adapter.r} on {targets}"
+    names = list(dict.fromkeys(device.name for device in plan.cluster.devices))
+    devices = (
+        f"{plan.cluster.num_devices} × {names[0]}"
+        if len(names) == 1
+        else " + ".join(device.name for device in plan.cluster.devices)
+    )
+    transport = f" over {'nccl' if plan.kind == 'cuda' else 'gloo'}" if plan.num_processes > 1 else ""
+    base = f"{plan.shape.name} {count(plan.shape.num_parameters)}, {plan.dtype}"
+    stored = "" if plan.recipe.model.quantization == "none" else f" ({plan.recipe.model.quantization} base)"
+    how_spread = plan.strategy if plan.schedule is None else f"{plan.strategy} {plan.schedule}"
+    return f"{base}{stored} · {how} ({count(plan.trainable_parameters)} trained) · {devices}, {how_spread}{transport}"
+
+
+def batch(plan: Plan) -> str:
+    """How a step is made up, and how much memory it takes."""
+    ranks = f"{plan.num_processes} rank{'s' if plan.num_processes > 1 else ''}"
+    each = f"on {plan.cluster.num_devices} devices" if plan.strategy == "device_map" else "a device"
+    return (
+        f"micro batch {plan.micro_batch} × {ranks} × accumulation {plan.accumulation} = {plan.global_batch} rows a step · "
+        f"{gib(plan.memory.total_bytes)} of {gib(budget_bytes(plan.strategy, plan.cluster))} GiB {each}"
+    )
+
+
+def show_plan(screen: Console, plan: Plan) -> None:
+    """The whole plan: what, where every byte goes, and why each decision was made."""
+    line(screen, plan.name, summary(plan))
+    line(screen, "step", batch(plan))
+    data = plan.recipe.data
+    paths = data.path if isinstance(data.path, str) else ", ".join(data.path)
+    line(
+        screen,
+        "data",
+        f"{as_typed(paths)} ({data.format}), at most {data.max_length:,} tokens, {data.overlong}, {plan.batching}",
+    )
+    train = plan.recipe.train
+    length = f"{train.max_steps:,} steps" if train.max_steps else f"{train.epochs:g} epochs"
+    line(screen, "train", f"{length}, lr {train.lr:g} {train.schedule}, {train.optimizer}, seed {train.seed}")
+    if plan.stages:
+        for place, stage in enumerate(plan.stages):
+            line(screen, "layers" if place == 0 else "", _stage(plan, stage))
+    else:
+        line(screen, "memory", _memory_bar(plan))
+    line(screen, "time", _step_time(plan))
+    for place, other in enumerate(plan.alternatives[1 : 1 + _MOST_OTHERS]):
+        line(screen, "instead" if place == 0 else "", _alternative(plan, other))
+    for place, decision in enumerate(plan.decisions):
+        line(screen, "why" if place == 0 else "", f"{decision.key} = {decision.value}: {decision.because}")
+    line(screen, "model", f"shape from {as_typed(plan.shape.source)}")
+    if plan.code is not None:
+        show_code(screen, plan.code)
+
+
+def show_code(screen: Console, code: RemoteCode) -> None:
+    """The model's own files that are executed, each with its checksum."""
+    pinned = f"pinned by {code.pinned_by}" if code.pinned_by else "nothing pins it: launch trust RECIPE"
+    line(screen, "code", f"comes with the model and is executed; sha256 {code.sha256}, {pinned}")
+    for file in code.files:
+        line(screen, "", f"{file.sha256}  {file.name}, {file.num_bytes:,} bytes")
+
+
+def show_trust(screen: Console, trusted: Trusted) -> None:
+    """What was pinned, what deserves a look in it, and what changed since it was pinned before."""
+    show_code(screen, trusted.code)
+    found = trusted.remarks
+    for place, remark in enumerate(found):
+        line(screen, "look at" if place == 0 else "", f"{remark.file}:{remark.line}  {remark.what}: {remark.why}")
+    if not found:
+        line(
+            screen,
+            "look at",
+            "nothing stands out: no exec, no programs, no network, no files written (by syntax; read it all the same)",
+        )
+    for place, text in enumerate(trusted.changes):
+        line(screen, "changed" if place == 0 else "", text)
+    line(screen, "lock", f"wrote {as_typed(str(trusted.lock.resolve()))}; other code is refused from now on")
+    if not trusted.asked_for:
+        line(
+            screen, "", "the recipe does not allow it to be executed yet; if you trust it: model.trust_remote_code=true"
+        )
+
+
+def _step_time(plan: Plan) -> str:
+    """Seconds of a step with every row at its longest, where they go, and how sure that is."""
+    parts = "  ".join(
+        f"{name} {value:.3g}" for name, value in plan.time.parts().items() if value >= plan.time.total_s / 200
+    )
+    return (
+        f"{plan.time.total_s:.3g} s a step of {plan.time.tokens:,} tokens, {plan.time.tokens_per_second:,.0f} tokens/s"
+        f"  ({parts}; {plan.time.basis})"
+    )
+
+
+def _alternative(plan: Plan, other: Alternative) -> str:
+    """A way that was not taken, with its figures."""
+    name = f"one {other.device} alone" if other.device else other.schedule or other.strategy
+    how = f"{name}{', checkpointing' if other.gradient_checkpointing else ''}, micro batch {other.micro_batch}"
+    cost = f"{other.step_s / plan.time.total_s:.2f} × the time" if other.fits else "does not fit"
+    return f"{how:<44} {gib(other.memory_bytes):>5} GiB  {cost}"
+
+
+def _stage(plan: Plan, stage: StagePlan) -> str:
+    """One device of a device map: how full, which layers, how long a micro batch stays."""
+    device = plan.cluster.devices[stage.device]
+    bar = _bar(stage.memory_bytes, device.reserved_bytes, device.memory_bytes)
+    layers = f"layers {stage.first}–{stage.stop - 1}" if stage.stop > stage.first else "no layer"
+    parts = [*(["embedding"] if stage.embedding else []), layers, *(["norm, head"] if stage.head else [])]
+    again = ", computed again" if stage.recompute else ""
+    free = device.memory_bytes - device.reserved_bytes - stage.memory_bytes
+    return (
+        f"{device.name:<14} {device.memory_bytes / GIB:4.1f} GiB  {bar}  {', '.join(parts)}{again}  "
+        f"{gib(stage.memory_bytes)} GiB, free {gib(free)}  {stage.seconds:.3g} s a micro batch"
+    )
+
+
+def _bar(used: int, reserved: int, whole: int) -> str:
+    """Used, taken by others, free."""
+    filled = min(_BAR, round(_BAR * used / whole))
+    taken = min(_BAR - filled, round(_BAR * reserved / whole))
+    return "█" * filled + "▒" * taken + "░" * (_BAR - filled - taken)
+
+
+def _memory_bar(plan: Plan) -> str:
+    """The fullest device and where its bytes go; under a device map all devices together."""
+    devices = plan.cluster.devices
+    if plan.strategy != "device_map":
+        devices = (min(devices, key=lambda device: device.memory_bytes - device.reserved_bytes),)
+    whole = sum(device.memory_bytes for device in devices)
+    bar = _bar(plan.memory.total_bytes, sum(device.reserved_bytes for device in devices), whole)
+    parts = "  ".join(f"{name} {gib(value)}" for name, value in plan.memory.parts().items() if value)
+    return f"{' + '.join(device.name for device in devices)}  {gib(whole)} GiB  {bar}  {parts}"
