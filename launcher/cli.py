@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import itertools
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +20,7 @@ import click
 
 from launcher import __version__, start
 from launcher.errors import LaunchError, PreflightError, UsageError
-from launcher.start import Where
+from launcher.start import Asked, Where
 
 # What a disk says that is full or may not be written; on the control side only the run directory is written to.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT)
@@ -28,6 +29,11 @@ _ACCESS_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 class Verbs(click.Group):
     """`launch RECIPE …` is `launch run RECIPE …`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0].partition("=")[0] == "--device-map":  # which names its recipe
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -44,37 +50,55 @@ def cli() -> None:
 
     \b
     launch RECIPE [key.path=value …]     train (the same as: launch run RECIPE)
+    launch --device-map NAME             train what is meant for these devices, spread over them
     launch plan RECIPE                   see what it would do, and stop
 
     A recipe is a YAML file, or the name of a shipped one: launch recipes
     """
 
 
-recipe_argument = click.argument("recipe")
-overrides_argument = click.argument("overrides", nargs=-1, metavar="[key.path=value]…")
+def asks_for_a_plan(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb everything that a plan is made from, as one `Asked`."""
+
+    @click.argument("recipe", required=False)
+    @click.argument("overrides", nargs=-1, metavar="[key.path=value]…")
+    @click.option("--nproc", type=click.IntRange(min=1), help="Number of processes, where not all devices are wanted.")
+    @click.option(
+        "--hostfile", help="Hosts and their slots, in DeepSpeed's format; `hardware` is then what each host has."
+    )
+    @click.option(
+        "--device-map", help="Spread one model over the devices of this map; without a recipe run the one it names."
+    )
+    @functools.wraps(verb)
+    def asked(
+        recipe: str | None,
+        overrides: tuple[str, ...],
+        nproc: int | None,
+        hostfile: str | None,
+        device_map: str | None,
+        **others: Any,
+    ) -> None:
+        verb(start.asked(recipe, overrides, Where(nproc, hostfile, device_map)), **others)
+
+    return asked
+
+
 nproc_option = click.option(
     "--nproc", type=click.IntRange(min=1), help="Number of processes, where not all devices are wanted."
 )
-hostfile_option = click.option(
-    "--hostfile", help="Hosts and their slots, in DeepSpeed's format; `hardware` is then what each host has."
-)
+overrides_argument = click.argument("overrides", nargs=-1, metavar="[key.path=value]…")
 run_argument = click.argument("run_dir", metavar="RUN")
 
 
 @cli.command()
-@recipe_argument
-@overrides_argument
-@nproc_option
-@hostfile_option
+@asks_for_a_plan
 @click.option("--run-dir", help="The run directory (the same as launch.run_dir=DIR).")
 @click.option("--dry-run", is_flag=True, help="Print the commands that would be started, and stop.")
-def run(
-    recipe: str, overrides: tuple[str, ...], nproc: int | None, hostfile: str | None, run_dir: str | None, dry_run: bool
-) -> None:
+def run(asked: Asked, run_dir: str | None, dry_run: bool) -> None:
     """Train: plan, prepare, start the ranks, follow them to the end."""
     if run_dir is not None:
-        overrides = (*overrides, f"launch.run_dir={run_dir}")
-    loaded, plan = start.plan_recipe(recipe, overrides, Where(nproc, hostfile))
+        asked = asked.with_overrides(f"launch.run_dir={run_dir}")
+    loaded, plan = start.plan_recipe(asked)
     where = start.new_run_dir(loaded)
     if dry_run:
         from launcher.command import node_commands, prepare_command
@@ -89,37 +113,27 @@ def run(
 @run_argument
 @overrides_argument
 @nproc_option
-@hostfile_option
-def resume(run_dir: str, overrides: tuple[str, ...], nproc: int | None, hostfile: str | None) -> None:
+def resume(run_dir: str, overrides: tuple[str, ...], nproc: int | None) -> None:
     """Go on from the newest valid checkpoint of a run."""
     from launcher.rundir import open_run
 
     where = open_run(run_dir)
-    _, plan = start.plan_recipe(str(where.recipe), overrides, Where(nproc, hostfile), name=start.name_of(where))
+    asked = Asked(str(where.recipe), overrides, Where(nproc))
+    _, plan = start.plan_recipe(asked, name=start.name_of(where))
     start.carry_out(True, plan, where)
 
 
 @cli.command()
-@recipe_argument
-@overrides_argument
-@nproc_option
-@hostfile_option
+@asks_for_a_plan
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as the workers would read it.")
 @click.option(
     "--explain", "key", metavar="KEY", help="Say where the value of one key comes from, such as train.micro_batch."
 )
-def plan(
-    recipe: str,
-    overrides: tuple[str, ...],
-    nproc: int | None,
-    hostfile: str | None,
-    as_json: bool,
-    key: str | None,
-) -> None:
+def plan(asked: Asked, as_json: bool, key: str | None) -> None:
     """Show what a recipe would do, and stop. Needs no GPU and no network."""
     from launcher.show import console, line, show_plan
 
-    loaded, made = start.plan_recipe(recipe, overrides, Where(nproc, hostfile))
+    loaded, made = start.plan_recipe(asked)
     if key is not None:
         from launcher.explain import explain
 
@@ -132,16 +146,13 @@ def plan(
 
 
 @cli.command()
-@recipe_argument
-@overrides_argument
-@nproc_option
-@hostfile_option
-def check(recipe: str, overrides: tuple[str, ...], nproc: int | None, hostfile: str | None) -> None:
+@asks_for_a_plan
+def check(asked: Asked) -> None:
     """Check a recipe, and whether this machine is ready for it; devices are tried out, which takes some seconds."""
     from launcher import preflight
     from launcher.show import console, show_findings
 
-    loaded, made = start.plan_recipe(recipe, overrides, Where(nproc, hostfile))
+    loaded, made = start.plan_recipe(asked)
     findings = preflight.check(made, start.new_run_dir(loaded).path)
     preflight.require(show_findings(console(), itertools.chain(findings, preflight.tried(made.cluster))), listed=True)
 
@@ -156,11 +167,8 @@ def doctor() -> None:
 
 
 @cli.command()
-@recipe_argument
-@overrides_argument
-@nproc_option
-@hostfile_option
-def prepare(recipe: str, overrides: tuple[str, ...], nproc: int | None, hostfile: str | None) -> None:
+@asks_for_a_plan
+def prepare(asked: Asked) -> None:
     """Fetch the model and tokenise the data into the cache, without training."""
     import tempfile
 
@@ -168,7 +176,7 @@ def prepare(recipe: str, overrides: tuple[str, ...], nproc: int | None, hostfile
     from launcher.show import RunScreen, console
     from launcher.supervise import Supervisor
 
-    _, made = start.plan_recipe(recipe, overrides, Where(nproc, hostfile))
+    _, made = start.plan_recipe(asked)
     with tempfile.TemporaryDirectory(prefix="launch-prepare-") as folder:
         where = RunDir(Path(folder))
         where.create()
@@ -177,7 +185,7 @@ def prepare(recipe: str, overrides: tuple[str, ...], nproc: int | None, hostfile
 
 
 @cli.command()
-@recipe_argument
+@click.argument("recipe")
 @overrides_argument
 def trust(recipe: str, overrides: tuple[str, ...]) -> None:
     """Show what the model's own code does that deserves a look, and pin it in a lock file beside the recipe."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
+
+from launcher.errors import UsageError
 
 if TYPE_CHECKING:
     from launcher.plan import Plan
@@ -22,11 +23,45 @@ class Where:
 
     nproc: int | None = None
     hostfile: str | None = None
+    device_map: str | None = None
 
 
-def plan_recipe(
-    recipe: str, overrides: Sequence[str], where: Where, name: str | None = None
-) -> tuple[LoadedRecipe, Plan]:
+@dataclass(frozen=True)
+class Asked:
+    """What somebody has typed: a recipe's name or path, overrides, and on which devices."""
+
+    recipe: str
+    overrides: tuple[str, ...] = ()
+    where: Where = Where()
+
+    def with_overrides(self, *more: str) -> Asked:
+        """The same with further overrides, which win."""
+        return replace(self, overrides=(*self.overrides, *more))
+
+
+def asked(recipe: str | None, overrides: tuple[str, ...], where: Where) -> Asked:
+    """What was typed; a device map stands for its overrides, and for the recipe that it names where none was typed.
+
+    Raises:
+        UsageError: there is no recipe, or no such device map.
+    """
+    if where.device_map is None:
+        if recipe is None:
+            raise UsageError("no recipe", "there is nothing to plan", "name one; list them: launch recipes")
+        return Asked(recipe, overrides, where)
+    from launcher.recipe.device_maps import load_device_map
+
+    if recipe is not None and "=" in recipe:  # the first override
+        overrides, recipe = (recipe, *overrides), None
+    path, device_map = load_device_map(where.device_map)
+    if recipe is None and device_map.recipe is None:
+        to_type = f"name one: launch RECIPE --device-map {where.device_map}"
+        raise UsageError(f"--device-map {where.device_map}", "it names no recipe of its own", to_type)
+    spread = ("strategy.type=device_map", f"strategy.device_map={path.resolve()}")
+    return Asked(recipe or str(path.parent / str(device_map.recipe)), (*spread, *overrides), where)
+
+
+def plan_recipe(asked: Asked, name: str | None = None) -> tuple[LoadedRecipe, Plan]:
     """Recipe file and overrides -> checked recipe -> plan."""
     from launcher.cluster import resolve_cluster
     from launcher.modelshape import shape_of
@@ -35,8 +70,8 @@ def plan_recipe(
     from launcher.recipe.device_maps import load_device_map
     from launcher.remotecode import planned_code
 
-    path = find_recipe(recipe)
-    loaded = load_recipe(path, overrides)
+    where, path = asked.where, find_recipe(asked.recipe)
+    loaded = load_recipe(path, asked.overrides)
     with loaded.locating():
         hardware, device_map = loaded.recipe.hardware, None
         if loaded.recipe.strategy.device_map is not None:

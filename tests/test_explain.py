@@ -8,14 +8,14 @@ import pytest
 
 from launcher.errors import UsageError
 from launcher.explain import explain
-from launcher.start import Where, plan_recipe
+from launcher.start import Asked, plan_recipe
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "alpaca_lora_8xa800.yaml"
 
 
 def said(key: str, *overrides: str) -> dict[str, str]:
     """label -> text of what is said about a key of the 8×A800 recipe."""
-    return dict(explain(*plan_recipe(str(RECIPE), overrides, Where()), key))
+    return dict(explain(*plan_recipe(Asked(str(RECIPE), overrides)), key))
 
 
 def test_a_line_of_the_file() -> None:

@@ -424,7 +424,7 @@ def free_disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     [
         ({}, 12),
         ({"adapter": {"type": "full"}}, 12),
-        ({"adapter": {"type": "full"}, "strategy": {"type": "fsdp"}}, 6),
+        ({"adapter": {"type": "full"}, "strategy": {"type": "fsdp"}}, 12),
         ({"adapter": {"type": "full"}, "strategy": {"type": "zero2"}}, 14),
         ({"adapter": {"type": "adalora"}}, 16),
         ({"train": {"optimizer": "adamw_8bit"}}, 6.03),

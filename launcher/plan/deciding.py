@@ -53,14 +53,16 @@ class Deciding:
         self._native()
         self._template()
         strategies = self._strategies()
+        self._check_ranges()
         self.dtype = self._dtype()
         targets = self._targets()
         batching = self._batching()
         trained = 0 if self.problems else trainable_parameters(self.shape, recipe.adapter)
         question = Question(recipe, self.cluster, self.shape, self.dtype, batching, trained, self.device_map)
-        choice = choose(question, self._options(question, strategies))
+        options = self._options(question, strategies)
         if self.problems:
             raise RecipeError(self.problems)
+        choice = choose(question, options)
         if strategies == ["device_map"] and self.cluster.num_devices > 1:
             by_themselves = alone(question, self._sizes(1))
             choice = replace(choice, others=(*choice.others, *by_themselves))
@@ -137,6 +139,21 @@ class Deciding:
         if native.exact_length is not None and recipe.data.max_length > native.exact_length:
             found = f"{self.shape.name} computes more than {native.exact_length} tokens unlike {native.target}"
             self._problem("data.max_length", f"{found}. Set data.max_length={native.exact_length}")
+
+    def _check_ranges(self) -> None:
+        """Layers that a device map places by hand have to be those of this model, on devices that there are."""
+        ranges = self.device_map.ranges() if self.device_map is not None else None
+        if not ranges:
+            return
+        num, last = len(ranges), ranges[-1][1]
+        if last != self.shape.num_layers - 1:
+            found = f"places layers 0 to {last}, {self.shape.name} has {self.shape.num_layers} layers"
+            self._problem(
+                "strategy.device_map", f"{found}. Set placement: auto in it, or end with {self.shape.num_layers - 1}"
+            )
+        if num > self.cluster.num_devices:
+            found = f"has ranges for {num} devices, there are {self.cluster.num_devices}"
+            self._problem("strategy.device_map", f"{found}. Leave ranges out, or set placement: auto in it")
 
     def _strategies(self) -> list[str]:
         """The strategies that are open: the one that was asked for, or those that these devices and this adapter allow."""

@@ -33,7 +33,7 @@ def does_not_fit(plan: Plan) -> DoesNotFitError:
     remedies = _remedies(plan)
     width = max((len(remedy.override) for remedy in remedies), default=0)
     fits = [
-        f"    {remedy.override:<{width}} {remedy.memory_bytes / GIB:6.1f} GiB   {_times(remedy.step_s / plan.time.total_s)}"
+        f"    {remedy.override:<{width}} {remedy.memory_bytes / GIB:6.1f} GiB   {_times(remedy.step_s / plan.time.total_s)}".rstrip()
         for remedy in remedies
     ]
     to_type = (
@@ -126,5 +126,7 @@ def _price(typed: str) -> int:
 
 
 def _times(ratio: float) -> str:
-    """`1.29 × the time`; small differences are below what an estimate can tell."""
+    """`1.29 × the time`; small differences are below what an estimate can tell. Nothing of a placement that is none."""
+    if ratio == 0:
+        return ""
     return "same time" if abs(ratio - 1) < _SAME else f"{ratio:.2f} × the time"
