@@ -26,6 +26,7 @@ class Family(BaseModel):
     Defaults are Llama's. `name` is the model_type, `aliases` are further ones. `rotary` is None where positions need no
     module of their own beside the layers; `others` are further modules beside them, which a device map has to place.
     `layout` names the formulas in `modelshape.layouts`. An empty `lora_targets` means every linear layer but the head.
+    `own_mask`: its code makes mask and positions from the ids, so rows are padded on the right and come without a mask.
     `no_bf16` is the reason why bf16 is refused. `eager_attention`: its code writes attention out, and keeps
     scores that grow with the square of the length. `defaults`: what transformers takes where the config is silent.
     """
@@ -43,6 +44,7 @@ class Family(BaseModel):
     others: tuple[str, ...] = ()
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
     template: str = "alpaca"
+    own_mask: bool = False
     packing: bool = True
     eager_attention: bool = False
     needs_remote_code: bool = False

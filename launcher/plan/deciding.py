@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from launcher import __version__
 from launcher.cluster import Cluster
+from launcher.compat import fixes_for, transformers_version
 from launcher.errors import Problem, RecipeError
 from launcher.families import family, template_names
 from launcher.memory import Memory, MemoryRequest, estimate
@@ -48,6 +49,7 @@ class Deciding:
         self._check_template()
         self._check_quantization()
         self._native()
+        fixes = self._fixes()
         self.strategy, self.num_processes = self._strategy()
         # A device map is one model however many processes it takes; every other strategy feeds each process its own rows.
         self.num_replicas = 1 if self.strategy == "device_map" else self.num_processes
@@ -79,6 +81,7 @@ class Deciding:
             batching=batching,
             memory=memory,
             decisions=tuple(self.decisions),
+            fixes=fixes,
         )
 
     def _decide(self, key: str, value: str, because: str) -> None:
@@ -111,6 +114,15 @@ class Deciding:
         if native.exact_length is not None and recipe.data.max_length > native.exact_length:
             found = f"{self.shape.name} computes more than {native.exact_length} tokens unlike {native.target}"
             self._problem("data.max_length", f"{found}. Set data.max_length={native.exact_length}")
+
+    def _fixes(self) -> tuple[str, ...]:
+        """What is mended about the model's own code, where that is what runs."""
+        if self.shape.native is not None or not self.shape.remote_code:
+            return ()
+        fixes = fixes_for(self.shape.family, transformers_version())
+        for fix in fixes:
+            self._decide("model.compat", f"{fix.name} ({fix.range})", fix.mends)
+        return tuple(fix.name for fix in fixes)
 
     def _strategy(self) -> tuple[str, int]:
         """The strategy and how many processes it starts."""

@@ -35,6 +35,7 @@ class Plan(BaseModel):
         targets: module names that get an adapter; `all-linear`; or empty for full training.
         micro_batch, accumulation, global_batch: rows; global = num_processes × micro × accumulation.
         memory: bytes of one device, the fullest.
+        fixes: what is mended about the model's own classes, by name (`launcher.compat`).
         code: the model's own .py files that are executed; None for none, and where they have not been fetched yet.
         resume_from: checkpoint folder below the run directory, None for a fresh start.
     """
@@ -60,6 +61,7 @@ class Plan(BaseModel):
     batching: Batching
     memory: Memory
     decisions: tuple[Decision, ...]
+    fixes: tuple[str, ...] = ()
     code: RemoteCode | None = None
     resume_from: str | None = None
 
