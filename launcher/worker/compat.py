@@ -177,8 +177,8 @@ def _set_after_base(cls: Any, name: str) -> bool:
 
 def _names_in_init(cls: Any) -> tuple[str, ...]:
     """What the __init__ that the class came with calls, reads and sets."""
-    names: tuple[str, ...] = inspect.unwrap(cls.__init__).__code__.co_names
-    return names
+    code = getattr(inspect.unwrap(cls.__init__), "__code__", None)  # None: it has no __init__ of its own
+    return tuple(code.co_names) if code is not None else ()
 
 
 def _before_init(cls: Any, first: Callable[..., None]) -> None:
