@@ -7,6 +7,7 @@
     cluster/     hardware -> nodes and devices                    (gpus.yaml)
     families     model families and prompt templates              (families.yaml)
     native       config of a model with its own code -> that of the transformers class that computes the same
+    compat       what the code of old models needs to run on transformers 5
     modelshape/  config.json and tensor headers -> parameters     (catalogue.yaml)
     remotecode/  the .py files of a model -> found, looked at, pinned, staged
     memory/      bytes of a device, in parts

@@ -31,6 +31,7 @@ class Family(BaseModel):
     `template` serves where the tokenizer has none; `chat` says which one instead in a model whose name has "chat" and all
     words of the key. `end_tokens` end an answer even where tokenizer and generation config leave them out.
     `code_versions`: the oldest and newest transformers on which code that comes with the weights ran unchanged.
+    `own_mask`: its code makes mask and positions from the ids, so rows are padded on the right and come without a mask.
     `no_bf16` is the reason why bf16 is refused. `eager_attention`: its code writes attention out, and keeps
     scores that grow with the square of the length. `defaults`: what transformers takes where the config is silent.
     """
@@ -51,6 +52,7 @@ class Family(BaseModel):
     template: str = "alpaca"
     chat: dict[str, str] = {}
     end_tokens: tuple[str, ...] = ()
+    own_mask: bool = False
     packing: bool = True
     eager_attention: bool = False
     needs_remote_code: bool = False

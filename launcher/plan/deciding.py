@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from launcher import __version__
 from launcher.cluster import Cluster
+from launcher.compat import fixes_for, transformers_version
 from launcher.errors import Problem, RecipeError
 from launcher.families import family, template_names
 from launcher.modelshape import (
@@ -51,6 +52,7 @@ class Deciding:
         self._check_template()
         self._check_quantization()
         self._native()
+        fixes = self._fixes()
         self._template()
         strategies = self._strategies()
         self._check_ranges()
@@ -93,6 +95,7 @@ class Deciding:
             schedule=chosen.schedule,
             stages=choice.chosen.stages,
             decisions=tuple(self.decisions),
+            fixes=fixes,
         )
 
     def _decide(self, key: str, value: str, because: str) -> None:
@@ -139,6 +142,15 @@ class Deciding:
         if native.exact_length is not None and recipe.data.max_length > native.exact_length:
             found = f"{self.shape.name} computes more than {native.exact_length} tokens unlike {native.target}"
             self._problem("data.max_length", f"{found}. Set data.max_length={native.exact_length}")
+
+    def _fixes(self) -> tuple[str, ...]:
+        """What is mended about the model's own code, where that is what runs."""
+        if self.shape.native is not None or not self.shape.remote_code:
+            return ()
+        fixes = fixes_for(self.shape.family, transformers_version())
+        for fix in fixes:
+            self._decide("model.compat", f"{fix.name} ({fix.range})", fix.mends)
+        return tuple(fix.name for fix in fixes)
 
     def _check_ranges(self) -> None:
         """Layers that a device map places by hand have to be those of this model, on devices that there are."""

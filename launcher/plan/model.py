@@ -80,6 +80,7 @@ class Plan(BaseModel):
         memory: bytes of one device, the fullest.
         time: seconds of a step with every row at data.max_length.
         alternatives: the chosen way, then the best of every other kind that was open.
+        fixes: what is mended about the model's own classes, by name (`launcher.compat`).
         code: the model's own .py files that are executed; None for none, and where they have not been fetched yet.
         device_map: what strategy.device_map names.
         schedule: naive or pipelined under a device map, else None; stages: in the order of the layers.
@@ -112,6 +113,7 @@ class Plan(BaseModel):
     schedule: Schedule | None = None
     device_map: DeviceMap | None = None
     stages: tuple[StagePlan, ...] = ()
+    fixes: tuple[str, ...] = ()
     code: RemoteCode | None = None
     resume_from: str | None = None
 

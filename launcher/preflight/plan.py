@@ -157,7 +157,7 @@ def _code_versions(plan: Plan) -> Iterator[Finding]:
     from packaging.version import Version
 
     known = family(plan.shape.family).code_versions
-    if not plan.shape.remote_code or known is None or importlib.util.find_spec("transformers") is None:
+    if not plan.shape.remote_code or plan.fixes or known is None or importlib.util.find_spec("transformers") is None:
         return
     here = Version(importlib.metadata.version("transformers"))
     if not Version(known[0]) <= here <= Version(known[1]):

@@ -29,6 +29,7 @@ class Staged(BaseModel):
         folder: where it is.
         code: what was found in the model folder, and checked against the pin.
         table: sha256 of every file in the folder, compiled ones included.
+        fixes: names of what `launcher.compat` mends about its classes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,6 +37,7 @@ class Staged(BaseModel):
     folder: str
     code: RemoteCode
     table: dict[str, str]
+    fixes: tuple[str, ...] = ()
 
     @property
     def package(self) -> str:
@@ -60,7 +62,7 @@ class Staged(BaseModel):
         return data
 
 
-def stage(code: RemoteCode, sources: Mapping[str, bytes], root: Path) -> Staged:
+def stage(code: RemoteCode, sources: Mapping[str, bytes], root: Path, fixes: tuple[str, ...] = ()) -> Staged:
     """Put code below `root`, which is read-only afterwards.
 
     Raises:
@@ -81,7 +83,7 @@ def stage(code: RemoteCode, sources: Mapping[str, bytes], root: Path) -> Staged:
                     raise
         finally:
             _forget(temporary)
-    staged = Staged(folder=str(target), code=code, table=listing(target))
+    staged = Staged(folder=str(target), code=code, table=listing(target), fixes=fixes)
     for file in code.files:
         if staged.table.get(file.name) != file.sha256:
             raise PreflightError(

@@ -130,7 +130,7 @@ def convert_model(folder: Path, into: Path, name: str, progress: Progress) -> Na
     total_bytes = 0
     for place, shard in enumerate(shards, start=1):
         made: dict[str, torch.Tensor] = {}
-        for key, tensor in _read(shard):
+        for key, tensor in read_shard(shard):
             for target, part in _converted(key, tensor, found, name):
                 if target in where or target in made:
                     raise _inexact(name, f"{target} comes twice, the second time from {key} in {shard.name}")
@@ -211,7 +211,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     )
 
 
-def _read(shard: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def read_shard(shard: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and tensor of everything in a file, without executing what a pickle may hold.
 
     Raises:

@@ -22,6 +22,7 @@ from launcher.remotecode import Staged, find_code, read_code, stage
 from launcher.rundir import RunDir, read_json, write_json
 from launcher.worker.loading import Trained, load_trained
 from launcher.worker.original import (
+    WEIGHTS,
     converted_again,
     is_original,
     merged,
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
     quiet_libraries()
     if options.verify:
         die_with_parent()
-        return verify(Path(options.run), Path(options.verify))
+        return verify(Path(options.run), Path(options.verify), options)
     export(RunDir(Path(options.run)), options)
     return 0
 
@@ -92,10 +93,20 @@ def _write(trained: Trained, folder: Path, max_shard_size: str) -> int:
     model.generation_config.eos_token_id = list(trained.prepared.eos_token_ids)
     model.generation_config.pad_token_id = trained.prepared.pad_token_id
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    trained.tokenizer.save_pretrained(folder)
-    if trained.prepared.code is not None:
+    if trained.prepared.code is None:
+        trained.tokenizer.save_pretrained(folder)
+    else:
+        _copy_tokenizer(Path(trained.prepared.tokenizer_dir), folder)
         _add_code(trained.prepared.code, folder)
     return shared_and_counted(folder)
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    """The tokenizer as it came: nothing trains it, and what transformers 5 saves of an old one lacks add_bos_token."""
+    for file in source.iterdir():
+        others = file.name.startswith(".") or file.name in ("config.json", "generation_config.json")
+        if file.is_file() and not others and not file.name.endswith((*WEIGHTS, ".py")):
+            shutil.copyfile(file, folder / file.name)
 
 
 def _add_code(staged: Staged, folder: Path) -> None:
@@ -104,15 +115,17 @@ def _add_code(staged: Staged, folder: Path) -> None:
         target = folder / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(staged.read(Path(staged.folder, file.name)))
-    config = read_json(folder / "config.json")
+    config, tokenizer = read_json(folder / "config.json"), read_json(folder / "tokenizer_config.json") or {}
     config["auto_map"] = {auto: name for auto, name in staged.code.classes.items() if auto != "AutoTokenizer"}
+    if "AutoTokenizer" in staged.code.classes and "AutoTokenizer" not in tokenizer.get("auto_map", {}):
+        config["auto_map"]["AutoTokenizer"] = [staged.code.classes["AutoTokenizer"], None]
     write_json(folder / "config.json", config)
 
 
 def _verify_in_fresh_process(folder: Path, probe: Path, trained: Trained) -> None:
     command = [sys.executable, "-m", "launcher.worker.export", str(folder), "--verify", str(probe)]
     if trained.prepared.code is not None:
-        command.append("--trust-remote-code")
+        command += ["--trust-remote-code", "--fixes", ",".join(trained.prepared.code.fixes)]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
     )
@@ -125,16 +138,18 @@ def _verify_in_fresh_process(folder: Path, probe: Path, trained: Trained) -> Non
         )
 
 
-def verify(folder: Path, probe: Path) -> int:
+def verify(folder: Path, probe: Path, options: Any) -> int:
     """Load a folder as anybody would and compare its logits with those kept in `probe`; 0 when they agree."""
     kept = torch.load(probe, weights_only=True)
     if is_original(folder):
         # Its own code is not run here: what is compared is what the next `launch` would make of it.
         with converted_again(folder) as native:
-            return verify(native, probe)
+            return verify(native, probe, options)
     with tempfile.TemporaryDirectory(prefix="launch-verify-") as root:
-        code = find_code(folder) if "--trust-remote-code" in sys.argv else None
-        staged = stage(code, read_code(folder, code), Path(root)) if code is not None else None
+        code, staged = find_code(folder) if options.trust_remote_code else None, None
+        if code is not None:
+            fixes = tuple(filter(None, options.fixes.split(",")))
+            staged = stage(code, read_code(folder, code), Path(root), fixes)
         model = load_weights(folder, staged, dtype="auto")
         load_tokenizer(folder, staged)
     found = _logits(model.eval(), kept["ids"])["logits"]
@@ -150,7 +165,8 @@ def verify(folder: Path, probe: Path) -> int:
 
 
 def _probe_ids(trained: Trained) -> torch.Tensor:
-    ids = trained.tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    """A question as the model is asked it: some code cannot do without the special tokens around one."""
+    ids = trained.prompter.prompt([{"role": "user", "content": _PROBE}])
     return torch.tensor([[token for token in ids if token is not None]])
 
 
@@ -169,6 +185,7 @@ def _options(argv: list[str]) -> Any:
     parser.add_argument("--layout", choices=("native", "original"), default="native")
     parser.add_argument("--verify")
     parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument("--fixes", default="")
     return parser.parse_args(argv)
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
+from launcher.families import family
 from launcher.plan import Plan
 from launcher.rundir import RunDir, append_event
 from launcher.worker.data.tokens import IGNORED
@@ -23,8 +24,9 @@ from launcher.worker.prepared import Prepared
 class Counters:
     """Tokens that this rank has worked on since the last reading."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, pad_token_id: int | None = None) -> None:
         self.device = device
+        self.pad_token_id = pad_token_id
         self.reset()
 
     def reset(self) -> None:
@@ -36,8 +38,11 @@ class Counters:
     def add(self, inputs: dict[str, torch.Tensor]) -> None:
         """Count a micro batch of shape (rows, length)."""
         mask = inputs.get("attention_mask")
-        self.slots += inputs["input_ids"].numel()
-        self.real += inputs["input_ids"].numel() if mask is None else mask.sum()
+        ids = inputs["input_ids"]
+        if mask is None and self.pad_token_id is not None:
+            mask = ids != self.pad_token_id
+        self.slots += ids.numel()
+        self.real += ids.numel() if mask is None else mask.sum()
         self.supervised += (inputs["labels"] != IGNORED).sum()
 
     def read(self) -> list[float]:
@@ -68,7 +73,9 @@ class Metrics(TrainerCallback):
         self.run = run
         self.plan = plan
         self.prepared = prepared
-        self.counters = Counters(device)
+        # The collator gives such a model no mask, and its padding is no token of any row.
+        no_mask = family(plan.shape.family).own_mask
+        self.counters = Counters(device, prepared.pad_token_id if no_mask else None)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.writer: SummaryWriter | None = None
 

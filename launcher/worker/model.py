@@ -38,6 +38,8 @@ def load_model(
             "quantization_config": _bitsandbytes(quantization, DTYPES[plan.dtype]),
             "device_map": {"": str(device)},
         }
+    if code is not None and "built-first" in code.fixes:
+        options["device"] = device
     try:
         model, left = load_weights(model_dir, code, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, KeyError, SafetensorError, UnpicklingError) as error:

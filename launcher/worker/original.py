@@ -27,7 +27,7 @@ from launcher.worker.native_tokenizer import convert_tokenizer
 from launcher.worker.prepared import read_prepared
 
 WAY_BACK = ("chatglm2", "chatglm3")
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 
 
 def require_way_back(run: RunDir) -> None:
@@ -58,7 +58,7 @@ def write_original(trained: Trained, folder: Path, max_shard_size: str) -> int:
     source = Path(trained.prepared.source_dir)
     state = original_layout(merged(trained).state_dict(), wanted_config(source, trained.plan.shape.name))
     for file in source.iterdir():
-        if file.is_file() and not file.name.startswith(".") and not file.name.endswith(_WEIGHTS):
+        if file.is_file() and not file.name.startswith(".") and not file.name.endswith(WEIGHTS):
             shutil.copyfile(file, folder / file.name)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     save_torch_state_dict(state, folder, max_shard_size=max_shard_size)

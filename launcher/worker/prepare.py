@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from launcher.compat import fix_named
 from launcher.errors import LaunchError, PreflightError
 from launcher.plan import Plan
 from launcher.remotecode import Staged, checked_code, read_code, stage
@@ -120,6 +121,8 @@ def prepare(plan: Plan, run: RunDir) -> Prepared:
         packing_key = _key("packing", _hash_files([model_dir / "config.json"]), tried_on, code and code.code.sha256)
         _made("packing", packing_key, cached, lambda into: _try_packing(plan, model_dir, code))
     left = read_json(data_dir / "report.json")
+    if code is not None:
+        code = _tried(plan, model_dir, data_dir, code, cached)
     return Prepared(
         model_dir=str(model_dir),
         tokenizer_dir=str(tokenizer_dir),
@@ -147,10 +150,10 @@ def _staged_code(plan: Plan, run: RunDir, model_dir: Path, cached: list[str]) ->
     code = plan.code or (checked_code(model, model_dir) if model.trust_remote_code else None)
     if code is None:
         return None
-    staged = stage(code, read_code(model_dir, code), run.code)
+    staged = stage(code, read_code(model_dir, code), run.code, plan.fixes)
     run.module_cache.mkdir(mode=0o555, exist_ok=True)
     tried_on = importlib.metadata.version("transformers"), importlib.metadata.version("torch")
-    key = _key("code", code.sha256, code.classes, _hash_files(sorted(model_dir.glob("*.json"))), tried_on)
+    key = _key("code", code.sha256, code.classes, _hash_files(sorted(model_dir.glob("*.json"))), plan.fixes, tried_on)
     _made("code", key, cached, lambda into: _try_code(staged, model_dir, run))
     return staged
 
@@ -163,6 +166,35 @@ def _try_code(staged: Staged, model_dir: Path, run: RunDir) -> None:
     _say(event="prepare", what="code", state="trying to load it")
     quiet_libraries()
     try_out(staged, model_dir, run.code)
+
+
+def _tried(plan: Plan, model_dir: Path, data_dir: Path, code: Staged, cached: list[str]) -> Staged:
+    """The code, with how its model has to be loaded, found on a small copy; once for this code, config and weights.
+
+    Raises:
+        PreflightError: it cannot be loaded rightly, or ignores what the plan counts on.
+    """
+    tried_on = importlib.metadata.version("transformers"), importlib.metadata.version("torch")
+    weights = sorted(path for pattern in (*_WEIGHT_PATTERNS, "*.bin") for path in model_dir.glob(pattern))
+    found = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
+    decided = plan.gradient_checkpointing, plan.recipe.adapter.type, plan.recipe.model.quantization
+    key = _key(
+        "trial", code.code.sha256, code.fixes, _hash_files([model_dir / "config.json"]), found, decided, tried_on
+    )
+    folder = _made("trial", key, cached, lambda into: _try_small(plan, model_dir, data_dir, code, into))
+    fixes: dict[str, str] = read_json(folder / "trial.json")
+    for name, because in fixes.items():
+        _say(event="prepare", what="fix", state=f"{name} ({fix_named(name).range}): {because}")
+    return code.model_copy(update={"fixes": tuple(dict.fromkeys((*code.fixes, *fixes)))})
+
+
+def _try_small(plan: Plan, model_dir: Path, data_dir: Path, code: Staged, into: Path) -> None:
+    from launcher.worker.code_trial import batch_of, try_small
+    from launcher.worker.quiet import quiet_libraries
+
+    _say(event="prepare", what="trial", state="trying a small copy of the model")
+    quiet_libraries()
+    write_json(into / "trial.json", try_small(plan, model_dir, batch_of(plan, data_dir), code))
 
 
 def _make_tokenizer(plan: Plan, into: Path) -> None:

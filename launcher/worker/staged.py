@@ -8,6 +8,7 @@ what it then finds there. It is not used: the staged folder is imported as a pac
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
 import sys
 import traceback
@@ -20,6 +21,8 @@ from typing import Any
 from launcher.errors import PreflightError
 from launcher.plan import Plan
 from launcher.remotecode import Staged
+from launcher.worker.compat import mend
+from launcher.worker.convert import read_shard, weight_files
 
 # The first of them that the model's auto_map has; ChatGLM-6B has no AutoModelForCausalLM.
 _MODELS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
@@ -123,9 +126,39 @@ def model_class(staged: Staged | None) -> Any:
 
 
 def load_weights(folder: str | Path, staged: Staged | None, **options: Any) -> Any:
-    """`from_pretrained` of the model. Weights in a pickle are read as tensors only."""
+    """`from_pretrained` of the model, or what takes its place. Weights in a pickle are read as tensors only."""
+    if staged is not None and "built-first" in staged.fixes:
+        return _built(folder, staged, **options)
     known = {"config": load_config(folder, staged)} if staged is not None else {"trust_remote_code": False}
     return model_class(staged).from_pretrained(folder, local_files_only=True, weights_only=True, **known, **options)
+
+
+def _built(
+    folder: str | Path,
+    staged: Staged,
+    dtype: Any,
+    device: Any = "cpu",
+    output_loading_info: bool = False,
+) -> Any:
+    """The model as its code builds it, on a device, then filled: nothing that its __init__ computes is lost."""
+    import torch
+    from transformers import GenerationConfig
+
+    config = load_config(folder, staged)
+    with torch.device(device):
+        model = model_class(staged)._from_config(
+            config, dtype=(config.dtype or torch.float32) if dtype == "auto" else dtype
+        )
+    missing, unexpected = set(model.state_dict()), set()
+    for file in weight_files(Path(folder), Path(folder).name):
+        tensors = dict(read_shard(file))
+        unexpected |= set(model.load_state_dict(tensors, strict=False).unexpected_keys)
+        missing -= tensors.keys()
+    missing -= set(getattr(model, "all_tied_weights_keys", None) or {})
+    if Path(folder, "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    left = {"missing_keys": missing, "unexpected_keys": unexpected}
+    return (model.eval(), left) if output_loading_info else model.eval()
 
 
 def from_config(config: Any, staged: Staged | None) -> Any:
@@ -176,7 +209,8 @@ def _class(staged: Staged | None, auto: str) -> Any:
     if not any(isinstance(finder, _Finder) and finder.staged == staged for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder(staged))
     module, _, name = staged.code.classes[auto].rpartition(".")
-    return getattr(importlib.import_module(f"{staged.package}.{module}"), name)
+    found = getattr(importlib.import_module(f"{staged.package}.{module}"), name)
+    return mend(found, auto, staged.fixes, importlib.metadata.version("transformers"))
 
 
 def _tree(folder: Path) -> dict[str, tuple[int, int]]:

@@ -18,9 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from launcher.errors import LaunchError, PreflightError
+from launcher.families import family
 from launcher.plan import Plan, steps_per_epoch, total_steps
 from launcher.rundir import RunDir
 from launcher.worker import adapters, checkpoint
+from launcher.worker.code_trial import LayerCalls
 from launcher.worker.data.batches import Batch, StepOrder, collator
 from launcher.worker.data.tokens import IGNORED
 from launcher.worker.metrics import Metrics
@@ -78,7 +80,7 @@ class PlannedTrainer(Trainer):
         self.prepared = prepared
         self.pulse = pulse
         self.train_rows, self.eval_rows = parts["train"], parts["eval"]
-        collate = collator(plan.batching, prepared.pad_token_id)
+        collate = collator(plan.batching, prepared.pad_token_id, family(plan.shape.family).own_mask)
         arguments = training_arguments(plan, run, len(self.train_rows))
         super().__init__(model=parts["model"], args=arguments, train_dataset=self.train_rows, data_collator=collate)
         self.metrics = Metrics(run, plan, prepared, self.args.device)
@@ -232,11 +234,15 @@ class FirstStepCheck(TrainerCallback):
     def __init__(self, trainer: PlannedTrainer) -> None:
         self.trainer = trainer
         self.done = False
+        self.calls = LayerCalls(trainer.model)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if self.done:
             return
         self.done = True
+        self.calls.stop()
+        if self.trainer.plan.gradient_checkpointing:
+            self.calls.require_twice(self.trainer.plan.shape.name)
         if self.trainer.plan.strategy == "ddp" and not isinstance(self.trainer.model_wrapped, DistributedDataParallel):
             raise PreflightError(
                 "strategy.type: ddp", "the ranks train copies that do not know of each other", "report this, please"

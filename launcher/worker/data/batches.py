@@ -58,17 +58,22 @@ class StepOrder(Sampler[int]):
         return iter([row for place in shuffled for row in whole[place]] + rest)
 
 
-def collator(batching: str, pad_token_id: int) -> Callable[[list[dict[str, Any]]], Batch]:
+def collator(batching: str, pad_token_id: int, own_mask: bool = False) -> Callable[[list[dict[str, Any]]], Batch]:
     """What makes a micro batch out of rows.
 
     `packed` puts the rows into one sequence of shape (1, tokens) with position ids that start again at every row and, on purpose,
-    no attention mask: with a mask transformers would let the rows see each other.
+    no attention mask: with a mask transformers would let the rows see each other. A model that makes its `own_mask` gets ids
+    and labels alone: what stands right of a row is seen by none of its tokens.
     """
     if batching == "packed":
         from transformers import DataCollatorWithFlattening
 
         flatten: Callable[[list[dict[str, Any]]], Batch] = DataCollatorWithFlattening(return_position_ids=True)
         return lambda rows: flatten([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows])
+    if own_mask:
+        return lambda rows: {
+            name: part for name, part in _padded(rows, pad_token_id).items() if name != "attention_mask"
+        }
     return lambda rows: _padded(rows, pad_token_id)
 
 

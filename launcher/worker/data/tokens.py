@@ -104,8 +104,14 @@ class Prompter:
             return [], []  # a chat template writes its own
         if self.named.prefix_tokens or self.named.answer_tokens:
             return self._ids_of(self.named.prefix_tokens), self._ids_of(self.named.answer_tokens)
-        added: list[int] = self.tokenizer("")["input_ids"]
-        return [token for token in added if token != self.tokenizer.eos_token_id], []
+        text: list[int] = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole: list[int] = self.tokenizer("a")["input_ids"]
+        places = range(len(whole) - len(text) + 1)
+        at = next((place for place in places if whole[place : place + len(text)] == text), len(whole))
+        eos = self.tokenizer.eos_token_id
+        # What a tokenizer puts behind a question (the first ChatGLM: [gMASK] <sop>) is where its answer begins.
+        before, behind = whole[:at], whole[at + len(text) :]
+        return [token for token in before if token != eos], [token for token in behind if token != eos]
 
     def _ids_of(self, names: Sequence[str]) -> list[int]:
         """The ids of special tokens.
