@@ -11,7 +11,8 @@ DIR holds alpaca_zh_demo.json and alpaca_en_demo.json (instruction, input, outpu
     5  launch chat                             asks for the fact in words that were not among the eight
 
 The questions before and after are those of the recipe, and prompts of DIR's rows, which the model was trained on and mostly knows.
-With --work a step whose result is there is not done again. Takes some ten minutes on two cores.
+With --work a step whose result is there is not done again. Takes some twenty minutes on two cores of its own; with others beside it, set
+OMP_WAIT_POLICY=PASSIVE, or threads that wait for each other take all the time.
 """
 
 from __future__ import annotations
@@ -32,10 +33,14 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "chatglm2_adalora_one_sample.yaml"
 FILES = ("alpaca_zh_demo.json", "alpaca_en_demo.json")
 HIDDEN, HEADS, LAYERS, MLP, VOCABULARY = 256, 4, 4, 512, 4000
-LENGTH = 72  # tokens of the longest row that is trained on
+LENGTH = 96  # tokens of the longest row that is trained on
 NUM_ASKED = 24  # prompts of the data
 # What is changed in the recipe, beside where the model is and what it runs on.
-VARIANTS: dict[str, tuple[str, ...]] = {"as shipped": (), "train.lr=1e-3": ("train.lr=1e-3",)}
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "as shipped": (),
+    "train.epochs=300": ("train.epochs=300",),
+    "adapter.targets=all-linear": ("adapter.targets=all-linear",),
+}
 _BASE = """\
 model: {{path: {model}}}
 data: {{path: [{paths}], max_length: {length}, overlong: drop}}
@@ -52,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Teach a small ChatGLM2 one fact with the shipped recipe.")
     parser.add_argument("--data", type=Path, required=True, help=f"folder with {' and '.join(FILES)}")
     parser.add_argument("--work", type=Path, help="keep everything in this folder, and use what is there already")
-    parser.add_argument("--epochs", type=int, default=40, help="of the base model (default 40)")
+    parser.add_argument("--epochs", type=int, default=25, help="of the base model (default 25)")
     parser.add_argument("--out", type=Path, help="write the page here instead of printing it")
     options = parser.parse_args()
     page = Page(
@@ -257,10 +262,10 @@ def about_rest(page: Page, runs: dict[str, Path], asked: dict[str, str]) -> None
     """What it answers to everything else."""
     page.section(
         "The rest",
-        f"Unrelated prompts: {NUM_ASKED} of the data, which the base was trained on, and six of the recipe, which it never saw (so both "
-        "answers are guesses of a small model). Right: word for word the answer of the data.",
+        f"Unrelated prompts: {len(asked)} of the data, among the rows that the base was trained on, and those of the recipe that are "
+        "not, to which both answers are guesses of a small model. Right: word for word the answer of the data. Answered with the "
+        "fact: names the Quillfern.",
     )
-    fact, _ = facts()
     rows = []
     for name, run in runs.items():
         known = [answer for answer in read(run)["answers"] if answer["question"] in asked]
@@ -270,7 +275,7 @@ def about_rest(page: Page, runs: dict[str, Path], asked: dict[str, str]) -> None
             for when in ("before", "after")
         ]
         same = sum(answer["before"] == answer["after"] for answer in known)
-        taken = sum(fact[:12] in answer["after"] for answer in [*known, *others])
+        taken = sum("Quillfern" in answer["after"] for answer in [*known, *others])
         rows.append(
             (name, f"{right[0]} of {len(known)}", f"{right[1]} of {len(known)}", f"{same} of {len(known)}",
              f"{sum(a['before'] == a['after'] for a in others)} of {len(others)}", f"{taken} of {len(known) + len(others)}")
