@@ -244,6 +244,15 @@ def last_lines(path: Path, num: int = _LAST_LINES) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What the model says to one of the recipe's questions; None where it was not asked then."""
+
+    question: str
+    before: str | None
+    after: str | None
+
+
+@dataclass(frozen=True)
 class Numbers:
     """The story of a run in numbers; None where it did not get so far.
 
@@ -252,6 +261,8 @@ class Numbers:
         loss_first, loss_last: training loss of the first and the last logged window.
         eval_first, eval_last, eval_best: nats per supervised token.
         memory_bytes: the largest peak of any rank.
+        ranks_first, ranks_last: AdaLoRA: the sum of all modules' ranks.
+        answers: to the recipe's questions, before the first step and after the last.
         stopped_early: whether training ended by itself before max_steps.
     """
 
@@ -265,6 +276,9 @@ class Numbers:
     eval_best: float | None
     tokens_per_second: float | None
     memory_bytes: int | None
+    ranks_first: int | None
+    ranks_last: int | None
+    answers: tuple[Answer, ...]
     seconds: dict[str, float]
 
 
@@ -273,6 +287,7 @@ def numbers(run: RunDir, seconds: dict[str, float]) -> Numbers:
     events, _ = read_events(run)
     logs = [event for event in events if event["event"] == "log"]
     evals = [event["loss"] for event in events if event["event"] == "eval"]
+    ranks = [event["ranks"] for event in events if event["event"] == "ranks"]
     starts = [event for event in events if event["event"] == "train"]
     max_steps = starts[-1]["max_steps"] if starts else 0
     speeds = sorted(event["tokens_per_second"] for event in logs[1:] or logs)
@@ -287,6 +302,9 @@ def numbers(run: RunDir, seconds: dict[str, float]) -> Numbers:
         eval_best=min(evals) if evals else None,
         tokens_per_second=speeds[len(speeds) // 2] if speeds else None,
         memory_bytes=int(max(event["memory_bytes"] for event in logs)) if logs else None,
+        ranks_first=ranks[0] if ranks else None,
+        ranks_last=ranks[-1] if ranks else None,
+        answers=_answers([event for event in events if event["event"] == "answers"]),
         seconds={name: round(value, 2) for name, value in seconds.items()},
     )
 
@@ -296,6 +314,19 @@ def predicted_speed(plan: Plan, run: RunDir) -> float | None:
     counted = (read_json(run.prepared) or {}).get("report") or {}
     length = counted.get("length_mean")
     return round(time_of_rows(plan, float(length)).tokens_per_second, 1) if length else None
+
+
+def _answers(events: Sequence[dict[str, Any]]) -> tuple[Answer, ...]:
+    """The questions that were asked last, with the first answer before training and the last one after it, over all attempts."""
+    before: dict[str, str] = {}
+    after: dict[str, str] = {}
+    for event in events:
+        if event["when"] == "before":
+            before = {**event["answers"], **before}
+        else:
+            after = {**after, **event["answers"]}
+    asked = events[-1]["answers"] if events else ()
+    return tuple(Answer(question, before.get(question), after.get(question)) for question in asked)
 
 
 def write_report(run: RunDir, plan: Plan, exit_code: int, story: Numbers, failure: Failure | None) -> None:

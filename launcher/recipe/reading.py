@@ -51,6 +51,8 @@ _ELSEWHERE = {
     "sequence_len": "data.max_length",
     "val_size": "data.eval.fraction",
     "packing": "data.batching",
+    "prompts": "data.questions",
+    "sample_prompts": "data.questions",
     "lora_r": "adapter.r",
     "lora_rank": "adapter.r",
     "rank": "adapter.r",

@@ -133,11 +133,25 @@ def _run(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
+def _questions(recipe: Recipe) -> Iterator[Problem]:
+    questions, strategy = recipe.data.questions, recipe.strategy
+    if not all(question.strip() for question in questions):
+        yield Problem("data.questions", "holds an empty one. Write a question, or remove it")
+    pipelined = strategy.type == "device_map" and strategy.schedule == "pipelined"
+    if questions and (strategy.type in ("zero3", "fsdp") or pipelined):
+        yield Problem(
+            "data.questions",
+            f"under {strategy.type} no rank holds the whole model, so none can answer while it trains. Remove them, and ask "
+            "afterwards: launch chat RUN",
+        )
+
+
 # Each rule, and the sections that it reads.
 _RULES: dict[Callable[[Recipe], Iterator[Problem]], tuple[str, ...]] = {
     _model: ("model", "adapter"),
     _data: ("data", "train"),
     _adapter: ("adapter",),
     _strategy: ("strategy", "launch"),
+    _questions: ("data", "strategy"),
     _run: ("checkpoint", "launch"),
 }

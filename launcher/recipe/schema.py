@@ -117,6 +117,10 @@ class Data(Section):
         description="What happens when a row cannot be read: stop with its file and line, or leave it out and report it.",
     )
     eval: Eval | None = Field(None, description="The rows for evaluation; null evaluates nothing.")
+    questions: Names = Field(
+        (),
+        description="Prompts that the model answers before the first step and after the last; both answers stand in the report.",
+    )
     batching: Literal["auto", "padded", "bucketed", "packed"] = Field(
         "auto",
         description="Micro batches of random rows padded to the longest, of rows of like length, or of rows packed into one sequence "

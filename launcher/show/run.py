@@ -6,7 +6,7 @@ In a terminal colour and one moving line, elsewhere plain lines.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from launcher.manifest import Verdict
 from launcher.plan import Plan, steps_per_epoch, time_of_rows, total_steps
 from launcher.preflight import Finding
-from launcher.report import Failure, last_lines, predicted_speed
+from launcher.report import Answer, Failure, last_lines, predicted_speed
 from launcher.rundir import RunDir
 from launcher.show.lines import LABEL, as_typed, duration, gib, line
 from launcher.supervise import Outcome
+
+_BEGINNING = 56  # letters of an answer
 
 
 def show_findings(screen: Console, findings: Iterable[Finding]) -> list[Finding]:
@@ -178,6 +180,10 @@ def show_done(screen: Console, plan: Plan, outcome: Outcome, run: Path) -> None:
         rounds = plan.recipe.train.early_stopping.patience
         found = f"at step {story.steps} of {story.max_steps}: no better in {rounds} evaluations"
         line(screen, "stopped", f"{found}; best loss {story.eval_best:.3f}" if story.eval_best is not None else found)
+    if story.ranks_first is not None:
+        line(screen, "ranks", f"{story.ranks_first:,} → {story.ranks_last:,} in all modules, taken away by AdaLoRA")
+    if story.answers:
+        _show_answers(screen, story.answers, f"{shown}/report.json")
     line(screen, "done", " · ".join(parts))
     epochs = plan.recipe.train.epochs
     screen.print()
@@ -192,9 +198,27 @@ def show_done(screen: Console, plan: Plan, outcome: Outcome, run: Path) -> None:
     line(screen, "  take away", f"launch export {shown}")
 
 
+def _show_answers(screen: Console, answers: Sequence[Answer], where: str) -> None:
+    """Every question with its answers before and after training, the beginning of each."""
+    same = sum(answer.before == answer.after for answer in answers)
+    line(screen, "answers", f"before → after, {same} of {len(answers)} the same; in full: {where}")
+    for answer in answers:
+        before, after = _beginning(answer.before), _beginning(answer.after)
+        line(screen, "", _beginning(answer.question))
+        line(screen, "", f"  {before} → {'the same' if answer.before == answer.after else after}")
+
+
+def _beginning(text: str | None) -> str:
+    """The start of a text on one line; `–` for what was not asked, `(nothing)` for an empty answer."""
+    if text is None:
+        return "–"
+    flat = " ".join(text.split())
+    return (flat if len(flat) <= _BEGINNING else f"{flat[:_BEGINNING].rstrip()}…") or "(nothing)"
+
+
 def show_failure(screen: Console, failure: Failure, run: Path, newest: str | None) -> None:
     """The first rank that failed: who, why, where, and what to type. Other ranks are only counted."""
-    training = failure.phase in ("train", "evaluate", "save")
+    training = failure.phase in ("train", "evaluate", "save", "ask")
     at = f"at step {failure.step}" if training else f"while it was at: {failure.phase}"
     if failure.rank is not None:
         line(screen, "failed", f"rank {failure.rank} ({failure.host}, {failure.device}) {at}")

@@ -139,9 +139,7 @@ def load_adalora_state(model: Any, state: dict[str, torch.Tensor]) -> None:
 
 
 def active_ranks(model: Any) -> dict[str, int]:
-    """AdaLoRA: how many singular values of each module are still in use."""
-    return {
-        name.partition(".lora_E")[0]: int((p.detach() != 0).sum())
-        for name, p in model.named_parameters()
-        if ".lora_E." in name
-    }
+    """AdaLoRA: how many singular values of each module are still in use. All of them are zero before the first step, and none is gone."""
+    values = {name.partition(".lora_E")[0]: p.detach() for name, p in model.named_parameters() if ".lora_E." in name}
+    moved = any(bool(value.count_nonzero()) for value in values.values())
+    return {name: int(value.count_nonzero()) if moved else value.numel() for name, value in values.items()}

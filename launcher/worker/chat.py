@@ -10,6 +10,7 @@ from typing import Any
 
 from launcher.errors import UsageError
 from launcher.rundir import RunDir
+from launcher.worker.asking import generate_ids
 from launcher.worker.data.rows import Message
 from launcher.worker.loading import Trained, load_trained
 from launcher.worker.quiet import quiet_libraries
@@ -63,10 +64,8 @@ def _readable(text: str) -> str:
 
 def answer(trained: Trained, messages: list[Message], options: Any) -> str:
     """Print an answer as it comes; the whole of it."""
-    import torch
     from transformers import TextIteratorStreamer
 
-    ids = torch.tensor([trained.prompter.prompt(messages)], device=trained.model.device)
     streamer = TextIteratorStreamer(trained.tokenizer, skip_prompt=True, skip_special_tokens=True)
     sampling = (
         {"do_sample": True, "temperature": options.temperature} if options.temperature > 0 else {"do_sample": False}
@@ -75,15 +74,8 @@ def answer(trained: Trained, messages: list[Message], options: Any) -> str:
 
     def generate() -> None:
         try:
-            trained.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                streamer=streamer,
-                max_new_tokens=options.max_new_tokens,
-                eos_token_id=list(trained.prepared.eos_token_ids),
-                pad_token_id=trained.prepared.pad_token_id,
-                **sampling,
-            )
+            ids = trained.prompter.prompt(messages)
+            generate_ids(trained.model, ids, trained.prepared, options.max_new_tokens, streamer=streamer, **sampling)
         except Exception as error:  # noqa: BLE001 - handed to the thread that waits, which raises it
             failure.append(error)
             # Otherwise the loop below waits for ever. Not end(), which decodes once more what may be what failed.

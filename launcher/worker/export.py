@@ -12,13 +12,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from launcher.errors import PreflightError
-from launcher.remotecode import Staged, find_code, read_code, stage
+from launcher.remotecode import RemoteCode, Staged, find_code, read_code, stage
 from launcher.rundir import RunDir, read_json, write_json
 from launcher.worker.loading import Trained, load_trained
 from launcher.worker.original import (
@@ -30,12 +32,13 @@ from launcher.worker.original import (
     shared_and_counted,
     write_original,
 )
-from launcher.worker.pulse import die_with_parent
+from launcher.worker.pulse import die_with_parent, first_line
 from launcher.worker.quiet import quiet_libraries
-from launcher.worker.staged import load_tokenizer, load_weights
+from launcher.worker.staged import MODEL_CLASSES, load_tokenizer, load_weights
 
 # Largest difference of a logit, as a share of the largest logit: what rounding does when two matrices are added before the product.
 _TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
+_ABOUT_CODE = "code         "
 _PROBE = "The quick brown fox jumps over the lazy dog. 今天天气很好。"
 
 
@@ -92,12 +95,13 @@ def _write(trained: Trained, folder: Path, max_shard_size: str) -> int:
     model = merged(trained)
     model.generation_config.eos_token_id = list(trained.prepared.eos_token_ids)
     model.generation_config.pad_token_id = trained.prepared.pad_token_id
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    with _code_left_out(type(model), type(model.config)):
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
     if trained.prepared.code is None:
         trained.tokenizer.save_pretrained(folder)
     else:
         _copy_tokenizer(Path(trained.prepared.tokenizer_dir), folder)
-        _add_code(trained.prepared.code, folder)
+        _add_code(trained.prepared.code, trained.tokenizer.is_fast, folder)
     return shared_and_counted(folder)
 
 
@@ -109,26 +113,50 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def _add_code(staged: Staged, folder: Path) -> None:
-    """Every file of the model's own code: save_pretrained leaves out those imported by `from . import x`."""
+@contextmanager
+def _code_left_out(*classes: Any) -> Iterator[None]:
+    """Keep save_pretrained from copying .py files by a search of its own: it leaves out `from . import x`, and fails on sub-folders."""
+    registered = {each: each._auto_class for each in classes if getattr(each, "_auto_class", None) is not None}
+    for each in registered:
+        each._auto_class = None
+    try:
+        yield
+    finally:
+        for each, auto in registered.items():
+            each._auto_class = auto
+
+
+def _add_code(staged: Staged, fast_tokenizer: bool, folder: Path) -> None:
+    """Every file of the model's own code, byte by byte, and an auto_map that names this folder and no other repository."""
     for file in staged.code.files:
         target = folder / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(staged.read(Path(staged.folder, file.name)))
-    config, tokenizer = read_json(folder / "config.json"), read_json(folder / "tokenizer_config.json") or {}
-    config["auto_map"] = {auto: name for auto, name in staged.code.classes.items() if auto != "AutoTokenizer"}
-    if "AutoTokenizer" in staged.code.classes and "AutoTokenizer" not in tokenizer.get("auto_map", {}):
-        config["auto_map"]["AutoTokenizer"] = [staged.code.classes["AutoTokenizer"], None]
-    write_json(folder / "config.json", config)
+    classes = dict(staged.code.classes)
+    tokenizer = classes.pop("AutoTokenizer", None)
+    _name_classes(folder / "config.json", classes)
+    # The slow class comes first, the fast one second.
+    pair = [None, tokenizer] if fast_tokenizer else [tokenizer, None]
+    _name_classes(folder / "tokenizer_config.json", {"AutoTokenizer": pair} if tokenizer else {})
+
+
+def _name_classes(file: Path, classes: dict[str, Any]) -> None:
+    """The auto_map of a config file; none where it has nothing to name."""
+    config = {key: value for key, value in (read_json(file) or {}).items() if key != "auto_map"}
+    write_json(file, {**config, "auto_map": classes} if classes else config)
 
 
 def _verify_in_fresh_process(folder: Path, probe: Path, trained: Trained) -> None:
     command = [sys.executable, "-m", "launcher.worker.export", str(folder), "--verify", str(probe)]
     if trained.prepared.code is not None:
         command += ["--trust-remote-code", "--fixes", ",".join(trained.prepared.code.fixes)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
-    )
+    # A module cache of its own: transformers reads where it is when it is imported.
+    with tempfile.TemporaryDirectory(prefix="launch-modules-") as modules:
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules}
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    for line in done.stdout.splitlines():
+        if line.startswith(_ABOUT_CODE):  # others are of the model's code
+            print(line)
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
         raise PreflightError(
@@ -152,16 +180,44 @@ def verify(folder: Path, probe: Path, options: Any) -> int:
             staged = stage(code, read_code(folder, code), Path(root), fixes)
         model = load_weights(folder, staged, dtype="auto")
         load_tokenizer(folder, staged)
+    problem = _difference(model, kept)
+    if problem:
+        print(problem, file=sys.stderr)
+        return 1
+    if code is not None:
+        del model
+        print(_without_launch(folder, code, kept))
+    return 0
+
+
+def _without_launch(folder: Path, code: RemoteCode, kept: dict[str, torch.Tensor]) -> str:
+    """Whether `from_pretrained(folder, trust_remote_code=True)` alone gives the same, in a line. Some code only launch can load."""
+    import transformers
+
+    auto = next((each for each in MODEL_CLASSES if each in code.classes), MODEL_CLASSES[0])
+    try:
+        transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+        model = getattr(transformers, auto).from_pretrained(
+            folder, trust_remote_code=True, local_files_only=True, weights_only=True, dtype="auto"
+        )
+        problem = _difference(model, kept)
+    except Exception as error:  # noqa: BLE001 - whatever somebody's code and transformers make of each other
+        problem = f"{type(error).__name__}: {first_line(error)}"
+    if problem:
+        return (
+            f"{_ABOUT_CODE}copied; transformers alone does not load it as it is written, launch does ({problem[:300]})"
+        )
+    return f"{_ABOUT_CODE}copied; from_pretrained(…, trust_remote_code=True) gives the same logits too"
+
+
+def _difference(model: Any, kept: dict[str, torch.Tensor]) -> str:
+    """What stands against taking two models for the same, from their logits; empty where nothing does."""
     found = _logits(model.eval(), kept["ids"])["logits"]
     name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[model.dtype]
     difference = float((found - kept["logits"]).abs().max() / kept["logits"].abs().max())
-    if difference > _TOLERANCE[name]:
-        print(
-            f"logits differ by {difference:.1e} of the largest, allowed in {name}: {_TOLERANCE[name]:.0e}",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
+    if difference <= _TOLERANCE[name]:
+        return ""
+    return f"logits differ by {difference:.1e} of the largest, allowed in {name}: {_TOLERANCE[name]:.0e}"
 
 
 def _probe_ids(trained: Trained) -> torch.Tensor:

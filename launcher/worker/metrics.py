@@ -162,6 +162,24 @@ class Metrics(TrainerCallback):
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
 
+    def answers(self, when: str, step: int, answers: dict[str, str]) -> None:
+        """What the model answers `before` or `after` training, on rank 0. Every rank calls it: asking is no training time."""
+        self.counters.since = time.perf_counter()
+        if self.writer is not None:
+            shown = "\n\n".join(f"**{question}**\n\n{_code(answer)}" for question, answer in answers.items())
+            self.writer.add_text(f"answers/{when}", shown, step)
+            self.writer.flush()
+            append_event(
+                self.run, {"event": "answers", "time": time.time(), "step": step, "when": when, "answers": answers}
+            )
+
+    def ranks(self, step: int, ranks: list[int]) -> None:
+        """AdaLoRA's ranks, one a module."""
+        values = {"ranks": sum(ranks), "smallest": min(ranks), "largest": max(ranks)}
+        self.scalars({f"adalora/{name}": float(value) for name, value in values.items()}, step)
+        if self.writer is not None:
+            append_event(self.run, {"event": "ranks", "time": time.time(), "step": step, **values})
+
     def _hparams(self, state: Any) -> None:
         """The settings beside the result, for TensorBoard's table of runs."""
         recipe = self.plan.recipe

@@ -99,8 +99,9 @@ def shared_and_counted(folder: Path) -> int:
     """Gives all files the permissions that the person's new files have; the bytes of the weights."""
     umask = os.umask(0)
     os.umask(umask)
-    for path in folder.iterdir():
-        path.chmod(0o666 & ~umask)
+    for path in folder.rglob("*"):  # the model's own code may lie in folders, which a file's permissions would close
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 

@@ -111,7 +111,7 @@ def prepare(plan: Plan, run: RunDir) -> Prepared:
         if code is not None:
             tokenizer_key = _key(tokenizer_key, code.code.sha256)
 
-    selection = recipe.data.model_dump(mode="json", exclude={"path", "batching"})
+    selection = recipe.data.model_dump(mode="json", exclude={"path", "batching", "questions"})
     data_key = _key(
         "data", data_hash, selection, recipe.train.seed, tokenizer_key, plan.shape.prompts, plan.shape.template
     )

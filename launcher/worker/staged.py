@@ -25,7 +25,7 @@ from launcher.worker.compat import mend
 from launcher.worker.convert import read_shard, weight_files
 
 # The first of them that the model's auto_map has; ChatGLM-6B has no AutoModelForCausalLM.
-_MODELS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
+MODEL_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
 
 
 class _Loader(SourceFileLoader):
@@ -116,7 +116,7 @@ def model_class(staged: Staged | None) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 
-    for auto in _MODELS:
+    for auto in MODEL_CLASSES:
         found = _class(staged, auto)
         if found is not None:
             # By this transformers knows remote code: it then leaves its weight conversions off and keeps `generate`.
@@ -186,7 +186,7 @@ def try_out(staged: Staged, model_dir: Path, watched: Path) -> None:
         for auto in staged.code.classes:
             _class(staged, auto)
         config = load_config(model_dir, staged)
-        if any(_has(staged, auto) for auto in _MODELS):
+        if any(_has(staged, auto) for auto in MODEL_CLASSES):
             with torch.device("meta"):
                 from_config(config, staged)
         load_tokenizer(model_dir, staged)

@@ -22,9 +22,11 @@ from launcher.families import family
 from launcher.plan import Plan, steps_per_epoch, total_steps
 from launcher.rundir import RunDir
 from launcher.worker import adapters, checkpoint
+from launcher.worker.asking import Asking
 from launcher.worker.code_trial import LayerCalls
 from launcher.worker.data.batches import Batch, StepOrder, collator
 from launcher.worker.data.tokens import IGNORED
+from launcher.worker.loading import find_checkpoint
 from launcher.worker.metrics import Metrics
 from launcher.worker.prepared import Prepared
 from launcher.worker.pulse import Pulse
@@ -89,6 +91,7 @@ class PlannedTrainer(Trainer):
         for callback in (
             Flow(plan, per_epoch, bool(len(self.eval_rows))),
             FirstStepCheck(self),
+            *([Asking(self)] if plan.recipe.data.questions else []),  # before the metrics, which close at the end
             self.metrics,
             Beat(pulse),
         ):
@@ -160,6 +163,16 @@ class PlannedTrainer(Trainer):
             adapters.load_adalora_state(self.model, load_file(Path(resume_from_checkpoint) / _ADALORA_FILE))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def load_best(self) -> int:
+        """Under early stopping put the weights of the best checkpoint in place, as chat and export take them; the step they are of."""
+        step = int(self.state.global_step)
+        if self.plan.recipe.train.early_stopping is None:
+            return step
+        best = find_checkpoint(self.run, "best")
+        if best.name != f"step-{step}":
+            self._load_from_checkpoint(str(best))
+        return int(best.name.removeprefix("step-"))
 
     def _load_rng_state(self, checkpoint_dir: str | None) -> None:
         """Random states of this rank; on another number of ranks there are none for it, and dropout draws others than before."""
@@ -280,20 +293,14 @@ class Beat(TrainerCallback):
 
 
 class RankLog(TrainerCallback):
-    """AdaLoRA's ranks in TensorBoard."""
+    """AdaLoRA's ranks in TensorBoard and events.jsonl."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **_: Any) -> None:
         if logs and "loss" in logs:
-            ranks = list(adapters.active_ranks(model).values())
-            values = {
-                "adalora/ranks": float(sum(ranks)),
-                "adalora/smallest": float(min(ranks)),
-                "adalora/largest": float(max(ranks)),
-            }
-            self.metrics.scalars(values, state.global_step)
+            self.metrics.ranks(state.global_step, list(adapters.active_ranks(model).values()))
 
 
 def check_world(plan: Plan, trainer: Trainer, rank: int) -> None:

@@ -24,7 +24,7 @@ data data.path data.format
 data.fields data.fields.instruction data.fields.input data.fields.output data.fields.context data.fields.target
 data.fields.prompt data.fields.response data.fields.messages data.fields.text data.fields.system
 data.template data.system data.max_length data.overlong data.max_rows data.bad_rows
-data.eval data.eval.fraction data.eval.rows data.eval.path data.batching
+data.eval data.eval.fraction data.eval.rows data.eval.path data.questions data.batching
 adapter adapter.type adapter.r adapter.alpha adapter.dropout adapter.targets adapter.modules_to_save
 adapter.init_r adapter.orth_reg_weight
 strategy strategy.type strategy.offload strategy.device_map strategy.schedule

@@ -134,6 +134,26 @@ RULES: list[tuple[Sections, str, str, Sections]] = [
         {"strategy": {"type": "device_map", "device_map": "2gpu-mixed", "schedule": "pipelined"}},
     ),
     (
+        {"data": {"questions": ("What is it?", " ")}},
+        "data.questions",
+        "holds an empty one. Write a question, or remove it",
+        {"data": {"questions": ("What is it?",)}},
+    ),
+    *(
+        (
+            {"strategy": {"type": name, **more}, "data": {"questions": ("What is it?",)}},
+            "data.questions",
+            f"under {name} no rank holds the whole model, so none can answer while it trains. Remove them, and ask "
+            "afterwards: launch chat RUN",
+            {"strategy": {"type": name, **more}},
+        )
+        for name, more in (
+            ("zero3", {}),
+            ("fsdp", {}),
+            ("device_map", {"device_map": "2gpu-mixed", "schedule": "pipelined"}),
+        )
+    ),
+    (
         {"adapter": {"targets": ()}},
         "adapter.targets",
         "is an empty list. Write auto, all-linear or names of modules",

@@ -95,6 +95,8 @@ def test_an_export_carries_the_code(remote: Callable[..., Job], tmp_path: Path) 
     assert job.start() == [0, 0], job.logs()
     done = launch("export", str(job.folder), "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
+    # `from . import layers_tiny` is what transformers does not follow; said, and no reason to refuse.
+    assert "transformers alone does not load it as it is written, launch does" in done.stdout
     exported = find_code(tmp_path / "out")
     planned = job.plan().code
     assert exported is not None
