@@ -27,7 +27,7 @@ from launcher.worker.data.tokens import IGNORED
 from launcher.worker.metrics import Metrics
 from launcher.worker.prepared import Prepared
 from launcher.worker.pulse import Pulse
-from launcher.worker.trial import LayerCalls
+from launcher.worker.trial import Recomputation
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 _ADALORA_FILE = "adalora.safetensors"
@@ -234,15 +234,15 @@ class FirstStepCheck(TrainerCallback):
     def __init__(self, trainer: PlannedTrainer) -> None:
         self.trainer = trainer
         self.done = False
-        self.calls = LayerCalls(trainer.model)
+        self.recomputation = Recomputation(trainer.model)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if self.done:
             return
         self.done = True
-        self.calls.stop()
+        self.recomputation.stop()
         if self.trainer.plan.gradient_checkpointing:
-            self.calls.require_twice(self.trainer.plan.shape.name)
+            self.recomputation.require(self.trainer.plan.shape.name)
         if self.trainer.plan.strategy == "ddp" and not isinstance(self.trainer.model_wrapped, DistributedDataParallel):
             raise PreflightError(
                 "strategy.type: ddp", "the ranks train copies that do not know of each other", "report this, please"

@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from launcher.compat import FIXES, fixes_for
 from launcher.errors import PreflightError
@@ -24,7 +27,7 @@ from launcher.worker.data.tokens import IGNORED, Prompter
 from launcher.worker.prepare import prepare
 from launcher.worker.prepared import read_prepared
 from launcher.worker.staged import load_tokenizer, load_weights
-from launcher.worker.trial import small_sizes, try_small
+from launcher.worker.trial import Recomputation, small_sizes, try_small
 from tests.worker import old_models, remote_models
 from tests.worker.conftest import Job
 
@@ -390,3 +393,20 @@ def test_small_sizes_keep_the_width_of_a_head() -> None:
                      "ffn_hidden_size": 512}  # fmt: skip
     with pytest.raises(KeyError):
         small_sizes({"num_layers": 2})
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_recomputation_is_seen_in_a_native_model_and_only_where_it_happens(use_reentrant: bool) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64)).train()
+    model.config.use_cache = False
+    ids, seen = torch.tensor([[5, 6, 7, 8]]), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=use_reentrant))
+            model.enable_input_require_grads()
+        watch = Recomputation(model)
+        model(input_ids=ids, labels=ids).loss.backward()
+        watch.stop()
+        seen.append(watch.seen)
+    assert seen == [False, True]
