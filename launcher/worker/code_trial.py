@@ -129,37 +129,43 @@ def unsaved_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-class LayerCalls:
-    """Counts, while a model trains, how often it is called and how often its first layer is: twice as often with checkpointing."""
+class Recomputation:
+    """Sees, while a model trains, whether anything of its first layer is computed outside of the model's forward pass.
+
+    That is what checkpointing does. The layer's parts are watched too: transformers checkpoints a layer's forward, and hooks
+    of the layer itself stay outside of that.
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.models = self.layers = 0
+        self.seen = self._inside = False
         stacks = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) > 0)
-        # Counted without those that share a stack's parameters, the largest is the stack of layers.
         stack = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()), default=None)
         self.known = stack is not None
-        self._hooks = [model.register_forward_pre_hook(self._model)]
-        if stack is not None:
-            self._hooks.append(stack[0].register_forward_pre_hook(self._layer))
+        self._hooks = [model.register_forward_pre_hook(self._enter), model.register_forward_hook(self._leave)]
+        for module in stack[0].modules() if stack is not None else ():
+            self._hooks.append(module.register_forward_pre_hook(self._compute))
 
-    def _model(self, module: Any, inputs: Any) -> None:
-        self.models += module.training
+    def _enter(self, module: Any, inputs: Any) -> None:
+        self._inside = True
 
-    def _layer(self, module: Any, inputs: Any) -> None:
-        self.layers += module.training
+    def _leave(self, module: Any, inputs: Any, output: Any) -> None:
+        self._inside = False
+
+    def _compute(self, module: Any, inputs: Any) -> None:
+        self.seen = self.seen or not self._inside
 
     def stop(self) -> None:
-        """Count no more."""
+        """Watch no more."""
         for hook in self._hooks:
             hook.remove()
 
-    def require_twice(self, name: str) -> None:
+    def require(self, name: str) -> None:
         """Refuse a model whose layers were computed once.
 
         Raises:
             PreflightError: checkpointing does nothing.
         """
-        if self.known and self.layers < 2 * self.models:
+        if self.known and not self.seen:
             raise PreflightError(
                 "train.gradient_checkpointing: true",
                 f"the code of {name} takes it and does nothing: no layer is computed again in the backward pass",
@@ -258,11 +264,11 @@ def _check_checkpointing(plan: Plan, model: Any, batch: Batch) -> None:
             f"the code of {plan.shape.name} has no part in it: {error}",
             "plan for the memory that it really takes: train.gradient_checkpointing=false",
         ) from None
-    calls = LayerCalls(model.train())
+    watch = Recomputation(model.train())
     output = model(**batch)
     (output.loss if output.loss is not None else output.logits.float().mean()).backward()
-    calls.stop()
-    calls.require_twice(plan.shape.name)
+    watch.stop()
+    watch.require(plan.shape.name)
 
 
 def _check_head(plan: Plan, model: Any, model_dir: Path) -> None:

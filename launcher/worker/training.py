@@ -23,7 +23,7 @@ from launcher.plan import Plan, steps_per_epoch, total_steps
 from launcher.rundir import RunDir
 from launcher.worker import adapters, checkpoint
 from launcher.worker.asking import Asking
-from launcher.worker.code_trial import LayerCalls
+from launcher.worker.code_trial import Recomputation
 from launcher.worker.data.batches import Batch, StepOrder, collator
 from launcher.worker.data.tokens import IGNORED
 from launcher.worker.loading import find_checkpoint
@@ -247,15 +247,15 @@ class FirstStepCheck(TrainerCallback):
     def __init__(self, trainer: PlannedTrainer) -> None:
         self.trainer = trainer
         self.done = False
-        self.calls = LayerCalls(trainer.model)
+        self.recomputation = Recomputation(trainer.model)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if self.done:
             return
         self.done = True
-        self.calls.stop()
+        self.recomputation.stop()
         if self.trainer.plan.gradient_checkpointing:
-            self.calls.require_twice(self.trainer.plan.shape.name)
+            self.recomputation.require(self.trainer.plan.shape.name)
         if self.trainer.plan.strategy == "ddp" and not isinstance(self.trainer.model_wrapped, DistributedDataParallel):
             raise PreflightError(
                 "strategy.type: ddp", "the ranks train copies that do not know of each other", "report this, please"
