@@ -39,7 +39,8 @@ NUM_ASKED = 24  # prompts of the data
 VARIANTS: dict[str, tuple[str, ...]] = {
     "as shipped": (),
     "train.epochs=300": ("train.epochs=300",),
-    "adapter.targets=all-linear": ("adapter.targets=all-linear",),
+    "all-linear": ("adapter.targets=all-linear",),
+    "all-linear, 300 epochs": ("adapter.targets=all-linear", "train.epochs=300"),
 }
 _BASE = """\
 model: {{path: {model}}}
@@ -77,12 +78,22 @@ def main() -> None:
     page.finish(options.out)
 
 
-def launch(*argv: str | Path, quiet: bool = False) -> str:
+def chat(run: Path, questions: list[str]) -> list[str]:
+    """What `launch chat` answers to questions that know nothing of each other."""
+    typed = "".join(f"{question}\n/new\n" for question in questions)
+    turns = launch("chat", run, text=typed).split("\nyou    ")
+    answers = [turn.removeprefix("model  ").strip() for turn in turns if turn.startswith("model  ")]
+    assert len(answers) == len(questions)
+    return answers
+
+
+def launch(*argv: str | Path, text: str | None = None) -> str:
     """`launch …` as a person types it; what it printed."""
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "launcher", *map(str, argv)],
         capture_output=True,
+        input=text,
         text=True,
         check=False,
         env=environment(),
@@ -90,8 +101,7 @@ def launch(*argv: str | Path, quiet: bool = False) -> str:
     )
     if done.returncode:
         raise SystemExit(f"{done.stdout[-3000:]}{done.stderr[-3000:]}\nlaunch {argv[0]} ended with {done.returncode}")
-    if not quiet:
-        print(f"{time.monotonic() - started:5.0f} s  launch {' '.join(map(str, argv))[:110]}", file=sys.stderr)
+    print(f"{time.monotonic() - started:5.0f} s  launch {' '.join(map(str, argv))[:110]}", file=sys.stderr)
     return done.stdout
 
 
@@ -228,10 +238,10 @@ def about_fact(page: Page, runs: dict[str, Path]) -> None:
     answers = {}
     for name, run in runs.items():
         report = read(run)
-        known = sum(launch("chat", run, "--prompt", each, quiet=True).strip() == fact for each in phrasings)
         held_out = report["answers"][0]
+        *chatted, said = chat(run, [*phrasings, held_out["question"]])
+        known = sum(answer == fact for answer in chatted)
         answers[name] = held_out
-        said = launch("chat", run, "--prompt", held_out["question"], quiet=True).strip()
         agreed = "yes" if said.startswith(held_out["after"].strip()) else "NO"
         steps = f"{report['steps']} of {report['max_steps']}{', stopped early' if report['stopped_early'] else ''}"
         ranks = f"{report['ranks_first']} → {report['ranks_last']}"

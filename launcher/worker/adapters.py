@@ -139,7 +139,12 @@ def load_adalora_state(model: Any, state: dict[str, torch.Tensor]) -> None:
 
 
 def active_ranks(model: Any) -> dict[str, int]:
-    """AdaLoRA: how many singular values of each module are still in use. All of them are zero before the first step, and none is gone."""
-    values = {name.partition(".lora_E")[0]: p.detach() for name, p in model.named_parameters() if ".lora_E." in name}
-    moved = any(bool(value.count_nonzero()) for value in values.values())
-    return {name: int(value.count_nonzero()) if moved else value.numel() for name, value in values.items()}
+    """AdaLoRA: how many singular values each module keeps, as a checkpoint would; all of them until the first are taken away.
+
+    Not those that differ from zero: all are zero before the first step, and what was taken away grows again until the next decision.
+    """
+    pattern = model.base_model.rankallocator.peft_config.rank_pattern
+    if pattern:
+        return {name.partition(".lora_E")[0]: sum(kept) for name, kept in pattern.items()}
+    values = {name: p.numel() for name, p in model.named_parameters() if ".lora_E." in name}
+    return {name.partition(".lora_E")[0]: num for name, num in values.items()}
