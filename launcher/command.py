@@ -10,10 +10,11 @@ import os
 import shlex
 import sys
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from launcher.plan import Plan
-from launcher.rundir import RunDir
+from launcher.rundir import RunDir, cache_folder
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,13 @@ def worker_environment(plan: Plan) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYTHONUNBUFFERED": "1",
     }
+    if plan.deepspeed is not None:
+        # Operators that are compiled: kept by library versions, and by the ninja of this environment and no other.
+        versions = "-".join(_version(name) for name in ("torch", "deepspeed"))
+        folder = cache_folder() / f"operators-py3.{sys.version_info.minor}-{versions}"
+        env["TORCH_EXTENSIONS_DIR"] = os.environ.get("TORCH_EXTENSIONS_DIR") or str(folder)
+        env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+        env["DS_ACCELERATOR"] = plan.kind
     if plan.kind == "cuda":
         env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the order of nvidia-smi, which the plan has
         env["CUDA_VISIBLE_DEVICES"] = ",".join(device.uuid or str(device.index) for device in plan.cluster.devices)
@@ -98,6 +106,14 @@ def _torchrun(plan: Plan, host: str) -> tuple[str, ...]:
         "-m",
         "launcher.worker",
     )
+
+
+def _version(package: str) -> str:
+    """Its version, `none` where it is not installed: commands are shown on machines that cannot run them."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 def _cores() -> int:

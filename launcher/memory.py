@@ -65,9 +65,15 @@ class MemoryRequest(BaseModel):
         return self.micro_batch * self.sequence_length
 
     @property
+    def layer_dtype_bytes(self) -> int:
+        """Bytes of a weight while its layer computes: FSDP2 keeps trained weights in fp32 and gathers them in the compute dtype."""
+        gathered_smaller = self.strategy == "fsdp" and self.full
+        return self.compute_dtype_bytes if gathered_smaller else self.weights_dtype_bytes
+
+    @property
     def stream_bytes(self) -> int:
         """Bytes of a value between the layers: fp32 weights under autocast keep it in fp32."""
-        return max(self.weights_dtype_bytes, self.compute_dtype_bytes)
+        return max(self.layer_dtype_bytes, self.compute_dtype_bytes)
 
 
 class Memory(BaseModel):
@@ -205,7 +211,7 @@ def _kept_inputs_bytes(request: MemoryRequest) -> int:
     """
     shape, value_bytes = request.shape, request.compute_dtype_bytes
     if request.full:
-        wanted, dropout, shared = set(shape.linears), False, request.weights_dtype_bytes == value_bytes
+        wanted, dropout, shared = set(shape.linears), False, request.layer_dtype_bytes == value_bytes
     else:
         adapter = request.adapter or Adapter()
         wanted, dropout = _adapted_in_a_layer(shape, adapter), adapter.dropout > 0
@@ -239,11 +245,7 @@ def _buffers_bytes(request: MemoryRequest, trained_bytes: int) -> int:
     buffers = 0
     if request.quantization != "none":
         buffers += largest * request.compute_dtype_bytes
-    if (
-        request.full
-        and request.weights_dtype_bytes > request.compute_dtype_bytes
-        and not request.gradient_checkpointing
-    ):
+    if request.full and request.layer_dtype_bytes > request.compute_dtype_bytes and not request.gradient_checkpointing:
         buffers += (shape.num_parameters - shape.embedding_parameters) * request.compute_dtype_bytes
     if request.strategy == "ddp" and request.num_processes > 1:
         buffers += trained_bytes
@@ -253,6 +255,6 @@ def _buffers_bytes(request: MemoryRequest, trained_bytes: int) -> int:
         # Two layers gathered at once (this and the next), the gradients of one, and embedding and head.
         ends = shape.embedding_parameters + shape.head_parameters
         share = shape.layer_parameters if request.full else request.trainable_parameters // shape.num_layers
-        gathered = (2 * shape.layer_parameters + ends) * request.weights_dtype_bytes
+        gathered = (2 * shape.layer_parameters + ends) * request.layer_dtype_bytes
         buffers += gathered + share * request.compute_dtype_bytes
     return buffers

@@ -22,7 +22,7 @@ from launcher.modelshape.files import cached_snapshot
 from launcher.plan import Plan
 
 GIB = 2**30
-_RUNS = ("single", "ddp")
+_RUNS = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp")
 _WEIGHTS = ("*.safetensors", "*.bin")
 _TOKENIZERS = ("tokenizer*", "*.model", "vocab*", "*.tiktoken")
 _PACKAGES = (
@@ -102,7 +102,7 @@ def _strategy(plan: Plan) -> Iterator[Finding]:
         yield Finding(
             "error",
             f"strategy.type: {plan.strategy}",
-            f"this version plans it but runs {' and '.join(_RUNS)} only",
+            "this version plans it but does not run it",
             _instead(plan),
         )
     if plan.cluster.num_nodes > 1:
@@ -240,7 +240,9 @@ def _packages(plan: Plan) -> Iterator[Finding]:
 
 def _disk(plan: Plan, run_dir: Path) -> Iterator[Finding]:
     """Room for the checkpoints that are kept, and one more while it is written."""
-    checkpoint_bytes = plan.trainable_parameters * (4 + 8) + 16 * 2**20
+    # Weights and two moments in fp32; DeepSpeed's fp32 copy comes beside weights in their own precision.
+    beside = 0 if plan.deepspeed is None else 4 if plan.weights_dtype == "fp32" else 2
+    checkpoint_bytes = plan.trainable_parameters * (4 + 8 + beside) + 16 * 2**20
     needed = checkpoint_bytes * (plan.recipe.checkpoint.keep + 1)
     folder = run_dir
     while not os.path.exists(folder):  # False for a name that is too long, where Path.exists raises

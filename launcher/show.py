@@ -5,6 +5,7 @@ In a terminal: colour and one moving line. Elsewhere: plain lines, no escape cod
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -93,6 +94,8 @@ def show_plan(screen: Console, plan: Plan) -> None:
     train = plan.recipe.train
     length = f"{train.max_steps:,} steps" if train.max_steps else f"{train.epochs:g} epochs"
     line(screen, "train", f"{length}, lr {train.lr:g} {train.schedule}, {train.optimizer}, seed {train.seed}")
+    if plan.deepspeed is not None:
+        line(screen, "deepspeed", json.dumps(plan.deepspeed))
     line(screen, "memory", _memory_bar(plan))
     line(screen, "time", _step_time(plan))
     for place, other in enumerate(plan.alternatives[1 : 1 + _MOST_OTHERS]):

@@ -17,17 +17,20 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from launcher.command import worker_environment
 from launcher.errors import LaunchError, PreflightError
 from launcher.plan import Plan
 from launcher.remotecode import Staged, checked_code, read_code, stage
-from launcher.rundir import RunDir, read_json, write_json
+from launcher.rundir import RunDir, cache_folder, read_json, write_json
 from launcher.worker.data.rows import data_files, named
+from launcher.worker.operators import operators
 from launcher.worker.prepared import DataReport, Prepared, write_prepared
 from launcher.worker.pulse import die_with_parent
 
@@ -117,6 +120,8 @@ def prepare(plan: Plan, run: RunDir) -> Prepared:
         tried_on = importlib.metadata.version("transformers"), importlib.metadata.version("torch")
         packing_key = _key("packing", _hash_files([model_dir / "config.json"]), tried_on, code and code.code.sha256)
         _made("packing", packing_key, cached, lambda into: _try_packing(plan, model_dir, code))
+    if plan.deepspeed is not None:
+        _compile(plan)
     left = read_json(data_dir / "report.json")
     return Prepared(
         model_dir=str(model_dir),
@@ -131,6 +136,32 @@ def prepare(plan: Plan, run: RunDir) -> Prepared:
         eos_token_ids=left["eos_token_ids"],
         report=DataReport.model_validate(left["report"]),
     )
+
+
+def _compile(plan: Plan) -> None:
+    """DeepSpeed's C++ operators that this plan uses. Otherwise the first step of every rank would compile them, for minutes and silently.
+
+    Raises:
+        PreflightError: a compiler or ninja is missing, or they do not compile.
+    """
+    for name in operators(plan.deepspeed or {}):
+        _say(event="prepare", what="deepspeed", state=f"compiling {name}, which takes a minute or two")
+        # In a process with the ranks' own variables: here no GPU is visible, and for another device something else is compiled.
+        command = [sys.executable, "-m", "launcher.worker.operators", name]
+        done = subprocess.run(
+            command, env={**os.environ, **worker_environment(plan)}, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
+            lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()[
+                -1:
+            ]
+            raise PreflightError(
+                f"DeepSpeed's {name}",
+                f"does not compile: {lines[0].strip() if lines else 'no word why'}",
+                "install a C++ compiler and ninja (pip install ninja), or set strategy.offload=none",
+            )
+        _say(event="prepare", what="deepspeed", state=f"{name} is compiled")
 
 
 def _staged_code(plan: Plan, run: RunDir, model_dir: Path, cached: list[str]) -> Staged | None:
@@ -213,13 +244,6 @@ def _rows_key(plan: Plan, data_hash: str) -> str:
     if data.eval is not None and data.eval.path is not None:
         chosen["eval"] = "a file of its own"
     return _key("rows", data_hash, chosen, plan.recipe.train.seed, data.max_length if data.overlong == "drop" else None)
-
-
-def cache_folder() -> Path:
-    """Where prepared things are kept: $LAUNCH_CACHE, else below the user's cache folder."""
-    root = os.environ.get("LAUNCH_CACHE")
-    folder = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "launch"
-    return folder.expanduser().absolute()
 
 
 def _made(what: str, key: str, cached: list[str], make: Callable[[Path], None]) -> Path:

@@ -1,0 +1,27 @@
+"""DeepSpeed's C++ operators: which a JSON needs, and `python -m launcher.worker.operators NAME` to compile one.
+
+Compiled ones are kept in TORCH_EXTENSIONS_DIR, which `launcher.command` pins for every rank, as it does the ninja that PATH finds:
+another ninja would compile all of it again.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def operators(config: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the builders that DeepSpeed will ask for: Adam on the host where the optimizer's state lies there."""
+    device = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    return ("CPUAdamBuilder",) if device != "none" else ()
+
+
+def compile_operator(name: str) -> None:
+    """Load an operator, compiling it where that was not done yet."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().create_op_builder(name).load(verbose=False)
+
+
+if __name__ == "__main__":
+    compile_operator(sys.argv[1])
