@@ -59,7 +59,6 @@ _ELSEWHERE = {
     "lora_target": "adapter.targets",
     "target_modules": "adapter.targets",
     "finetuning_type": "adapter.type",
-    "deepspeed": "strategy.type",
     "nproc_per_node": "hardware, or the flag --nproc",
     "master_port": "launch.port",
 }

@@ -74,7 +74,7 @@ class Weights:
 
 def empty_model(folder: Path, dtype: torch.dtype) -> Any:
     """The model of a folder's config, its parameters without memory and its buffers as the config has them."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with init_empty_weights(include_buffers=False):
@@ -84,6 +84,8 @@ def empty_model(folder: Path, dtype: torch.dtype) -> Any:
             setattr(module, name, torch.nn.Parameter(torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)))
     model.tie_weights()
     model.config.use_cache = False
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 

@@ -7,13 +7,21 @@ another ninja would compile all of it again.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
+
+_LIBRARIES = {"CPUAdamBuilder": "cpu_adam"}
 
 
 def operators(config: dict[str, Any]) -> tuple[str, ...]:
     """Names of the builders that DeepSpeed will ask for: Adam on the host where the optimizer's state lies there."""
     device = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
     return ("CPUAdamBuilder",) if device != "none" else ()
+
+
+def is_compiled(name: str, folder: Path) -> bool:
+    """Whether the library of an operator lies in the folder of extensions, whose name has the versions it belongs to."""
+    return any(folder.glob(f"**/{_LIBRARIES[name]}.so"))
 
 
 def compile_operator(name: str) -> None:

@@ -30,7 +30,7 @@ from launcher.plan import Plan
 from launcher.remotecode import Staged, checked_code, read_code, stage
 from launcher.rundir import RunDir, cache_folder, read_json, write_json
 from launcher.worker.data.rows import data_files, named
-from launcher.worker.operators import operators
+from launcher.worker.operators import is_compiled, operators
 from launcher.worker.prepared import DataReport, Prepared, write_prepared
 from launcher.worker.pulse import die_with_parent
 
@@ -144,13 +144,15 @@ def _compile(plan: Plan) -> None:
     Raises:
         PreflightError: a compiler or ninja is missing, or they do not compile.
     """
+    variables = worker_environment(plan)
     for name in operators(plan.deepspeed or {}):
+        if is_compiled(name, Path(variables["TORCH_EXTENSIONS_DIR"])):
+            _say(event="prepare", what="deepspeed", state="cached")
+            continue
         _say(event="prepare", what="deepspeed", state=f"compiling {name}, which takes a minute or two")
         # In a process with the ranks' own variables: here no GPU is visible, and for another device something else is compiled.
         command = [sys.executable, "-m", "launcher.worker.operators", name]
-        done = subprocess.run(
-            command, env={**os.environ, **worker_environment(plan)}, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
         if done.returncode:
             print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
             lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()[

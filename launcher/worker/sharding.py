@@ -84,8 +84,9 @@ def shard(model: Any, plan: Plan, device: torch.device) -> None:
     for module in (*_layers(model), model):
         for parameter in module.parameters():
             if is_empty(parameter):
-                # FSDP2 wants them in one piece. Pages that nobody has written to are no memory yet, and it copies this rank's alone.
-                parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype)
+                # FSDP2 wants them in one piece, of which it copies this rank's rows. On a CPU pages that nobody has written to are no
+                # memory; on a GPU it is that of one layer at a time.
+                parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
