@@ -70,7 +70,7 @@ def main() -> None:
     page.section(
         "Peak, all ranks together",
         "One copy is the weights' bytes in the precision they are trained in. Where parameters are not sharded the ranks look at the same "
-        "pages of the file, which are one copy as long as nobody writes to them: all of it under an adapter, until the first optimizer step "
+        "pages of the file, one copy as long as nobody writes to them: all of it under an adapter, until the first optimizer step "
         "under full training. fsdp and zero3 hold shares of their own from the start.",
     )
     page.table(["strategy", "trained", "one copy", "peak", "× one copy", f"≤ {GOAL}", "at the end", "seconds"], found)
