@@ -6,6 +6,9 @@ another ninja would compile all of it again.
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,25 @@ def operators(config: dict[str, Any]) -> tuple[str, ...]:
 def is_compiled(name: str, folder: Path) -> bool:
     """Whether the library of an operator lies in the folder of extensions, whose name has the versions it belongs to."""
     return any(folder.glob(f"**/{_LIBRARIES[name]}.so"))
+
+
+def compile_apart(name: str, variables: dict[str, str]) -> tuple[int, str]:
+    """Compile in a process with the ranks' own variables; its exit code and what it printed.
+
+    Prepare itself sees no GPU, and for another device something else is compiled. Should prepare be stopped, ninja and the compilers
+    end with it.
+    """
+    command = [sys.executable, "-m", "launcher.worker.operators", name]
+    with subprocess.Popen(
+        command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        try:
+            output, _ = process.communicate()
+        finally:
+            if process.poll() is None:
+                # Not SIGKILL: ninja gives every compiler a process group of its own, and ends them when it is asked to end.
+                os.killpg(process.pid, signal.SIGTERM)
+    return process.returncode, output
 
 
 def compile_operator(name: str) -> None:

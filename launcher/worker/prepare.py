@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ from launcher.plan import Plan
 from launcher.remotecode import Staged, checked_code, read_code, stage
 from launcher.rundir import RunDir, cache_folder, read_json, write_json
 from launcher.worker.data.rows import data_files, named
-from launcher.worker.operators import is_compiled, operators
+from launcher.worker.operators import compile_apart, is_compiled, operators
 from launcher.worker.prepared import DataReport, Prepared, write_prepared
 from launcher.worker.pulse import die_with_parent
 
@@ -150,14 +149,10 @@ def _compile(plan: Plan) -> None:
             _say(event="prepare", what="deepspeed", state="cached")
             continue
         _say(event="prepare", what="deepspeed", state=f"compiling {name}, which takes a minute or two")
-        # In a process with the ranks' own variables: here no GPU is visible, and for another device something else is compiled.
-        command = [sys.executable, "-m", "launcher.worker.operators", name]
-        done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
-            lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()[
-                -1:
-            ]
+        exit_code, output = compile_apart(name, {**os.environ, **variables})
+        if exit_code:
+            print(output, file=sys.stderr)
+            lines = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines()[-1:]
             raise PreflightError(
                 f"DeepSpeed's {name}",
                 f"does not compile: {lines[0].strip() if lines else 'no word why'}",
