@@ -6,6 +6,7 @@ another ninja would compile all of it again.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -31,9 +32,19 @@ def compile_apart(name: str, variables: dict[str, str]) -> tuple[int, str]:
     """Compile in a process with the ranks' own variables; its exit code and what it printed.
 
     Prepare itself sees no GPU, and for another device something else is compiled. Should prepare be stopped, ninja and the compilers
-    end with it.
+    end with it. One launcher compiles at a time; what torch takes for a lock, a file, stays for ever where somebody was killed, and
+    the next one would wait for it.
     """
-    command = [sys.executable, "-m", "launcher.worker.operators", name]
+    folder = Path(variables["TORCH_EXTENSIONS_DIR"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "compiling").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # ends with this process, however it ends
+        for stale in folder.glob("**/lock"):
+            stale.unlink()
+        return _run([sys.executable, "-m", "launcher.worker.operators", name], variables)
+
+
+def _run(command: list[str], variables: dict[str, str]) -> tuple[int, str]:
     with subprocess.Popen(
         command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:
