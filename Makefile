@@ -21,6 +21,7 @@ bench:              ## the results pages of this machine
 	python benchmarks/trainer_overhead.py
 	python benchmarks/remote_code_race.py
 	# python benchmarks/one_sample.py --data DIR, with alpaca_zh_demo.json and alpaca_en_demo.json
+	python benchmarks/loading_memory.py
 
 schema:             ## what editors complete recipes with
 	launch schema recipes/schema.json

@@ -10,11 +10,12 @@ import os
 import shlex
 import sys
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from launcher.cluster import Cluster
 from launcher.plan import Plan
-from launcher.rundir import RunDir
+from launcher.rundir import RunDir, cache_folder
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,15 @@ def _environment(plan: Plan, run: RunDir) -> dict[str, str]:
 
 def worker_environment(plan: Plan) -> dict[str, str]:
     """Variables for libraries that read nothing else."""
-    return rank_environment(plan.cluster, plan.num_processes)
+    env = rank_environment(plan.cluster, plan.num_processes)
+    if plan.deepspeed is not None:
+        # Operators that are compiled: kept by library versions, and by the ninja of this environment and no other.
+        versions = "-".join(_version(name) for name in ("torch", "deepspeed"))
+        folder = cache_folder() / f"operators-py3.{sys.version_info.minor}-{versions}"
+        env["TORCH_EXTENSIONS_DIR"] = os.environ.get("TORCH_EXTENSIONS_DIR") or str(folder)
+        env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+        env["DS_ACCELERATOR"] = plan.kind
+    return env
 
 
 def rank_environment(cluster: Cluster, num_processes: int) -> dict[str, str]:
@@ -106,6 +115,14 @@ def _torchrun(plan: Plan, host: str) -> tuple[str, ...]:
         "-m",
         "launcher.worker",
     )
+
+
+def _version(package: str) -> str:
+    """Its version, `none` where it is not installed: commands are shown on machines that cannot run them."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 def _cores() -> int:

@@ -14,7 +14,7 @@ from launcher.recipe.reading import all_keys, description
 _DERIVED = {
     "accumulation": "global batch ÷ (ranks with rows of their own × micro batch)",
     "num_processes": "one for each device; a naive device map is one process over all of them",
-    "weights_dtype": "that of the computation; fp32 where all weights are trained by copies on each device",
+    "weights_dtype": "that of the computation; fp32 where all weights are trained without DeepSpeed, which keeps such a copy itself",
     "trainable_parameters": "the adapter's, as PEFT makes them, and modules_to_save",
 }
 

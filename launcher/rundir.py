@@ -1,6 +1,7 @@
 """The name of every file in a run directory, and the two ways files are written there: whole and renamed, or appended.
 
 recipe.yaml        the resolved recipe           plan.json        what the workers read
+deepspeed.json     DeepSpeed's own settings, under zero1, zero2 and zero3
 prepared.json      what prepare left for them    environment.json versions and devices
 commands.txt       every command line started    logs/            <host>-rank<k>.log, <host>-node.log
 events.jsonl       what happened, a line each    errors/          <rank>.json of a rank that failed
@@ -41,6 +42,10 @@ class RunDir:
     @property
     def plan(self) -> Path:
         return self.path / "plan.json"
+
+    @property
+    def deepspeed(self) -> Path:
+        return self.path / "deepspeed.json"
 
     @property
     def prepared(self) -> Path:
@@ -169,6 +174,13 @@ class RunDir:
             lock.truncate(0)
 
 
+def cache_folder() -> Path:
+    """Where prepared things are kept: $LAUNCH_CACHE, else below the user's cache folder."""
+    root = os.environ.get("LAUNCH_CACHE")
+    folder = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "launch"
+    return folder.expanduser().absolute()
+
+
 def open_run(name: str | Path) -> RunDir:
     """The run directory that a person named.
 
@@ -180,13 +192,6 @@ def open_run(name: str | Path) -> RunDir:
         found = "holds no plan.json" if os.path.isdir(run.path) else "there is no such folder"
         raise UsageError(f"run {name}", found, "give the folder of a run; list them with: launch runs")
     return run
-
-
-def cache_folder() -> Path:
-    """Where what prepare makes is kept, beside all runs: $LAUNCH_CACHE, else below the user's cache folder."""
-    root = os.environ.get("LAUNCH_CACHE")
-    folder = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "launch"
-    return folder.expanduser().absolute()
 
 
 def write_atomic(path: Path, text: str) -> None:

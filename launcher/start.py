@@ -65,7 +65,7 @@ def plan_recipe(asked: Asked, name: str | None = None) -> tuple[LoadedRecipe, Pl
     """Recipe file and overrides -> checked recipe -> plan."""
     from launcher.cluster import resolve_cluster
     from launcher.modelshape import shape_of
-    from launcher.plan import make_plan
+    from launcher.plan import make_plan, read_given
     from launcher.recipe import find_recipe, load_recipe
     from launcher.recipe.device_maps import load_device_map
     from launcher.remotecode import planned_code
@@ -85,7 +85,9 @@ def plan_recipe(asked: Asked, name: str | None = None) -> tuple[LoadedRecipe, Pl
         if shape.native is None:  # nothing of the code of a converted model is executed
             model, code = planned_code(model, loaded.document.folder, path, shape.remote_code)
         resolved = loaded.recipe.model_copy(update={"model": model})
-        return loaded, make_plan(name or loaded.name, resolved, cluster, shape, code, device_map)
+        given = loaded.recipe.strategy.deepspeed
+        deepspeed = read_given(given) if given is not None else None
+        return loaded, make_plan(name or loaded.name, resolved, cluster, shape, code, device_map, deepspeed)
 
 
 def new_run_dir(loaded: LoadedRecipe) -> RunDir:

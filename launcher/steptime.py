@@ -248,7 +248,7 @@ def _communication(request: MemoryRequest, speed: Speed, accumulation: int, comp
         # The second stage reduces after every micro batch; then the new weights are gathered once.
         reductions = accumulation if request.strategy == "zero2" else 1
         return max(latency, reductions * (ring * trained - 0.6 * computing)) + ring * trained
-    weights = request.shape.num_parameters * request.weights_dtype_bytes
+    weights = request.shape.num_parameters * request.layer_dtype_bytes
     gathered = ring * 2 * weights + ring * trained
     if request.offload == "parameters":
         gathered += 2 * weights / num / _PCIE_BYTES_S

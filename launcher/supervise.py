@@ -25,7 +25,7 @@ from ruamel.yaml import YAML
 from launcher.command import NodeCommand, node_commands, prepare_command
 from launcher.errors import InterruptedRunError, PreflightError
 from launcher.manifest import Verdict, folders, verify
-from launcher.plan import Plan, identity, total_steps
+from launcher.plan import Plan, identity, other_world, total_steps
 from launcher.preflight import environment
 from launcher.report import Failure, Numbers, first_failure, last_lines, numbers, write_report
 from launcher.rundir import GO, WAIT, RunDir, append_event, read_events, read_json, write_atomic, write_json
@@ -61,6 +61,8 @@ def write_run(plan: Plan, run: RunDir, resuming: bool) -> None:
     YAML(typ="safe", pure=True).dump(plan.recipe.model_dump(mode="json", by_alias=True), text)
     write_atomic(run.recipe, text.getvalue())
     write_atomic(run.plan, plan.model_dump_json(indent=1, by_alias=True) + "\n")
+    if plan.deepspeed is not None:
+        write_json(run.deepspeed, plan.deepspeed)
     write_json(run.environment, environment(plan.cluster))
     with run.commands.open("a", encoding="utf-8") as file:
         for command in (prepare_command(plan, run), *node_commands(plan, run)):
@@ -97,6 +99,10 @@ def continue_from(plan: Plan, chosen: Verdict | None) -> Plan:
             f"resume from {chosen.folder.name}",
             "; ".join(changed),
             "leave these as they were, or start a new run: launch RECIPE",
+        )
+    if (found := other_world(plan, chosen.manifest.world)) is not None:
+        raise PreflightError(
+            f"resume from {chosen.folder.name}", found, "go on with as many devices and the strategy of before"
         )
     return plan.model_copy(update={"resume_from": f"checkpoints/{chosen.folder.name}"})
 

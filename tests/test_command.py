@@ -48,6 +48,21 @@ def test_two_cpu_ranks_see_no_gpu_and_stay_on_loopback() -> None:
     assert "--rdzv-endpoint=127.0.0.1:29777" in command.argv
 
 
+def test_deepspeed_compiles_once_a_version_and_with_the_ninja_of_this_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LAUNCH_CACHE", "/cache")
+    monkeypatch.setenv("PATH", "/usr/bin")
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setattr("launcher.command.version", lambda name: {"torch": "2.13.0", "deepspeed": "0.19.8"}[name])
+    plan = plan_of("full_zero3_8xa800")
+    for command in (*node_commands(plan, RunDir(Path("/r"))), prepare_command(plan, RunDir(Path("/r")))):
+        assert command.env["TORCH_EXTENSIONS_DIR"].startswith("/cache/operators-py3.")
+        assert command.env["TORCH_EXTENSIONS_DIR"].endswith("-2.13.0-0.19.8")
+        assert command.env["PATH"] == "/venv/bin:/usr/bin"
+        assert command.env["DS_ACCELERATOR"] == "cuda"
+
+
 def test_the_python_backend_starts_the_worker_itself() -> None:
     (command,) = node_commands(plan_of("quickstart", "hardware=1xcpu", "launch.backend=python"), RunDir(Path("/r")))
     assert command.argv == ("/venv/bin/python", "-m", "launcher.worker", "/r/plan.json")

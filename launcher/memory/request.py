@@ -44,6 +44,12 @@ class MemoryRequest(BaseModel):
         return self.micro_batch * self.sequence_length
 
     @property
+    def layer_dtype_bytes(self) -> int:
+        """Bytes of a weight while its layer computes: FSDP2 keeps trained weights in fp32 and gathers them in the compute dtype."""
+        gathered_smaller = self.strategy == "fsdp" and self.full
+        return self.compute_dtype_bytes if gathered_smaller else self.weights_dtype_bytes
+
+    @property
     def autocast(self) -> bool:
         """Whether fp32 weights are computed with in half precision: single, DDP and device maps leave that to autocast.
 

@@ -1,14 +1,18 @@
 """(Recipe, Cluster, ModelShape) in, one frozen Plan out: everything that was `auto` decided, each decision with its reason.
 
 Pure: no file is read and no device is touched. The plan goes to RUN/plan.json as it is, and the workers read nothing else.
-`model` is what a plan is, `deciding` how it is made, `searching` what is fastest, `remedies` what to type when it does not fit.
+`model` is what a plan is, `deciding` how it is made, `searching` what is fastest, `deepspeed` DeepSpeed's JSON of it, `remedies` what to
+type when it does not fit.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from launcher.cluster import Cluster
 from launcher.modelshape import ModelShape
 from launcher.plan.deciding import Deciding
+from launcher.plan.deepspeed import deepspeed_json, read_given
 from launcher.plan.model import (
     Alternative,
     Decision,
@@ -17,6 +21,7 @@ from launcher.plan.model import (
     budget_bytes,
     identity,
     lacking_bytes,
+    other_world,
     steps_per_epoch,
     total_steps,
 )
@@ -35,6 +40,8 @@ __all__ = [
     "identity",
     "lacking_bytes",
     "make_plan",
+    "other_world",
+    "read_given",
     "steps_per_epoch",
     "time_of_rows",
     "total_steps",
@@ -48,10 +55,12 @@ def make_plan(
     shape: ModelShape,
     code: RemoteCode | None = None,
     device_map: DeviceMap | None = None,
+    deepspeed: dict[str, Any] | None = None,
 ) -> Plan:
     """Decide everything.
 
     Args:
+        deepspeed: what the recipe's own JSON for DeepSpeed says.
         code: the model's own code, where the recipe trusts it and it is here.
         device_map: what strategy.device_map names; without one the cluster's devices are all there is to know.
 
@@ -62,4 +71,5 @@ def make_plan(
     plan = Deciding(recipe, cluster, shape, device_map).plan(name)
     if lacking_bytes(plan) > 0:
         raise does_not_fit(plan)
-    return plan.model_copy(update={"code": code})
+    config = deepspeed_json(plan, deepspeed) if plan.strategy.startswith("zero") else None
+    return plan.model_copy(update={"code": code, "deepspeed": config})

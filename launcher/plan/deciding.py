@@ -22,6 +22,7 @@ from launcher.plan.model import Batching, Decision, Dtype, Plan, Targets, budget
 from launcher.plan.searching import FREE_SHARE, Choice, Option, Question, alone, choose
 from launcher.recipe import Recipe
 from launcher.recipe.device_maps import DeviceMap
+from launcher.recipe.rules import unshardable
 
 GIB = 2**30
 # Larger micro batches bring no speed on these devices and make the heaviest batch heavier.
@@ -183,7 +184,12 @@ class Deciding:
         # Quantised weights are not sharded, and on a CPU there is nothing to gain.
         if self.recipe.model.quantization != "none" or self.cluster.kind == "cpu":
             return ["ddp"]
-        return ["ddp", "fsdp", "zero2", "zero1", "zero3"]
+        return [name for name in ("ddp", "fsdp", "zero2", "zero1", "zero3") if not self._forbidden(name)]
+
+    def _forbidden(self, strategy: str) -> bool:
+        """Whether what the recipe trains cannot be sharded so."""
+        asked = self.recipe.strategy.model_copy(update={"type": strategy})
+        return any(unshardable(self.recipe.model_copy(update={"strategy": asked})))
 
     def _dtype(self) -> Dtype:
         asked, on_cpu = self.recipe.model.dtype, self.cluster.kind == "cpu"

@@ -12,6 +12,7 @@ from launcher.modelshape import ModelShape
 from launcher.placement import Schedule
 from launcher.recipe import Recipe
 from launcher.recipe.device_maps import DeviceMap
+from launcher.recipe.rules import SHARDED
 from launcher.remotecode import RemoteCode
 from launcher.steptime import StepTime
 
@@ -81,6 +82,7 @@ class Plan(BaseModel):
         time: seconds of a step with every row at data.max_length.
         alternatives: the chosen way, then the best of every other kind that was open.
         fixes: what is mended about the model's own classes, by name (`launcher.compat`).
+        deepspeed: DeepSpeed's JSON, None where it is not used.
         code: the model's own .py files that are executed; None for none, and where they have not been fetched yet.
         device_map: what strategy.device_map names.
         schedule: naive or pipelined under a device map, else None; stages: in the order of the layers.
@@ -114,6 +116,7 @@ class Plan(BaseModel):
     device_map: DeviceMap | None = None
     stages: tuple[StagePlan, ...] = ()
     fixes: tuple[str, ...] = ()
+    deepspeed: dict[str, Any] | None = None
     code: RemoteCode | None = None
     resume_from: str | None = None
 
@@ -148,6 +151,15 @@ def identity(plan: Plan) -> dict[str, Any]:
         "train.global_batch": recipe.train.global_batch,
         **({"model.code_sha256": plan.code.sha256} if plan.code is not None else {}),
     }
+
+
+def other_world(plan: Plan, world: dict[str, Any]) -> str | None:
+    """Why a checkpoint of these ranks (`manifest.Manifest.world`) cannot be continued by the plan's; None where it can."""
+    before, now = (world["strategy"], world["num_processes"]), (plan.strategy, plan.num_processes)
+    if before == now or not {before[0], now[0]} & set(SHARDED):
+        return None
+    was, wanted = (f"{strategy} on {num} rank{'s' if num > 1 else ''}" for strategy, num in (before, now))
+    return f"its optimizer state was written by {was} and only they can read it; now it is {wanted}"
 
 
 def steps_per_epoch(plan: Plan, num_rows: int) -> int:

@@ -91,7 +91,8 @@ class Question:
 
     def weights_dtype(self, strategy: str) -> Dtype:
         """Precision in which the base lies in memory: alone in half precision, small updates of trained weights are lost."""
-        if self.recipe.adapter.type != "full" or strategy not in ("single", "ddp", "fsdp", "device_map"):
+        # DeepSpeed keeps an fp32 copy of its own.
+        if self.recipe.adapter.type != "full" or strategy.startswith("zero"):
             return self.dtype
         return "fp32"
 

@@ -26,7 +26,7 @@ from launcher.preflight.machine import limits
 from launcher.preflight.packages import ranges_kept, torch_wheel
 from launcher.preflight.port import port
 
-_RUNS = ("single", "ddp")
+_RUNS = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp")
 _RANK_BYTES = round(0.45 * GIB)  # interpreter, torch, transformers and PEFT in a process, as in memory.py
 _STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 
@@ -56,7 +56,7 @@ def _strategy(plan: Plan) -> Iterator[Finding]:
         yield Finding(
             "error",
             f"strategy.type: {plan.strategy}",
-            f"this version plans it but runs {' and '.join(_RUNS)} only",
+            "this version plans it but does not run it",
             _instead(plan),
         )
     if plan.cluster.num_nodes > 1:

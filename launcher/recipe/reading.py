@@ -61,7 +61,6 @@ _ELSEWHERE = {
     "lora_target": "adapter.targets",
     "target_modules": "adapter.targets",
     "finetuning_type": "adapter.type",
-    "deepspeed": "strategy.type",
     "nproc_per_node": "hardware, or the flag --nproc",
     "master_port": "launch.port",
 }
@@ -146,7 +145,7 @@ def with_absolute_paths(recipe: Recipe, document: Document) -> Recipe:
     def each(value: str | tuple[str, ...], key: str) -> str | tuple[str, ...]:
         return absolute(value, key) if isinstance(value, str) else tuple(absolute(item, key) for item in value)
 
-    model, data, launch = recipe.model, recipe.data, recipe.launch
+    model, data, launch, strategy = recipe.model, recipe.data, recipe.launch, recipe.strategy
     if model.path is not None:
         folder = absolute(model.path, "model.path")
         if model.path.startswith(("/", ".", "~")) or os.path.isdir(folder):
@@ -157,7 +156,9 @@ def with_absolute_paths(recipe: Recipe, document: Document) -> Recipe:
     data = data.model_copy(update={"path": each(data.path, "data.path"), "eval": evaluation})
     if launch.run_dir is not None:
         launch = launch.model_copy(update={"run_dir": absolute(launch.run_dir, "launch.run_dir")})
-    return recipe.model_copy(update={"model": model, "data": data, "launch": launch})
+    if strategy.deepspeed is not None:
+        strategy = strategy.model_copy(update={"deepspeed": absolute(strategy.deepspeed, "strategy.deepspeed")})
+    return recipe.model_copy(update={"model": model, "data": data, "launch": launch, "strategy": strategy})
 
 
 def located(problems: Sequence[Problem], document: Document) -> RecipeError:

@@ -93,6 +93,11 @@ def _strategy(recipe: Recipe) -> Iterator[Problem]:
             "strategy.offload",
             f"{strategy.type} does not shard parameters. Set strategy.type=zero3, or offload=optimizer",
         )
+    if strategy.deepspeed is not None and not strategy.type.startswith("zero"):
+        yield Problem(
+            "strategy.deepspeed",
+            f"{strategy.type} does not read it. Set strategy.type=zero1, zero2 or zero3, or deepspeed=null",
+        )
     if strategy.schedule == "pipelined" and strategy.type != "device_map":
         yield Problem(
             "strategy.schedule", f"{strategy.type} has no schedule. Set strategy.type=device_map, or schedule=naive"
@@ -111,6 +116,34 @@ def _strategy(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             "launch.backend",
             f"python starts one process, {strategy.type} needs one per device. Set launch.backend=torchrun",
+        )
+
+
+def unshardable(recipe: Recipe) -> Iterator[Problem]:
+    """What cannot be cut into shares; each was tried."""
+    strategy, quantization = recipe.strategy.type, recipe.model.quantization
+    if quantization != "none" and strategy in ("fsdp", "zero3"):
+        yield Problem(
+            "strategy.type",
+            f"{strategy} would cut up weights stored in {quantization}, whose blocks have scales of their own. "
+            "Set strategy.type=zero2, or model.quantization=none",
+        )
+    if recipe.adapter.type == "adalora" and strategy in SHARDED:
+        yield Problem(
+            "adapter.type",
+            f"adalora looks at whole weights and their gradients, of which a rank under {strategy} has a share. "
+            "Set strategy.type=ddp, or adapter.type=lora",
+        )
+    if recipe.train.optimizer != "adamw" and strategy == "fsdp":
+        yield Problem(
+            "train.optimizer",
+            f"{recipe.train.optimizer} knows no sharded tensors. Set train.optimizer=adamw, or strategy.type=zero2",
+        )
+    if recipe.train.optimizer != "adamw" and recipe.strategy.offload != "none":
+        yield Problem(
+            "train.optimizer",
+            f"{recipe.train.optimizer} does not run on the host, where strategy.offload={recipe.strategy.offload} puts it. "
+            "Set train.optimizer=adamw, or strategy.offload=none",
         )
 
 
@@ -153,5 +186,6 @@ _RULES: dict[Callable[[Recipe], Iterator[Problem]], tuple[str, ...]] = {
     _adapter: ("adapter",),
     _strategy: ("strategy", "launch"),
     _questions: ("data", "strategy"),
+    unshardable: ("model", "adapter", "strategy", "train"),
     _run: ("checkpoint", "launch"),
 }

@@ -164,6 +164,10 @@ class Strategy(Section):
     offload: Literal["none", "optimizer", "parameters"] = Field(
         "none", description="ZeRO: what is kept in host memory instead of on the device."
     )
+    deepspeed: str | None = Field(
+        None,
+        description="ZeRO: a JSON file of your own with what no recipe key sets; null is made from the recipe alone.",
+    )
     device_map: str | None = Field(None, description="device_map: a name in recipes/device_maps or a file.")
     schedule: Literal["auto", "naive", "pipelined"] = Field(
         "auto",

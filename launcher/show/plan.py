@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from rich.console import Console
 
 from launcher.plan import Alternative, Plan, StagePlan, budget_bytes
@@ -54,6 +56,8 @@ def show_plan(screen: Console, plan: Plan) -> None:
     train = plan.recipe.train
     length = f"{train.max_steps:,} steps" if train.max_steps else f"{train.epochs:g} epochs"
     line(screen, "train", f"{length}, lr {train.lr:g} {train.schedule}, {train.optimizer}, seed {train.seed}")
+    if plan.deepspeed is not None:
+        line(screen, "deepspeed", json.dumps(plan.deepspeed))
     if plan.stages:
         for place, stage in enumerate(plan.stages):
             line(screen, "layers" if place == 0 else "", _stage(plan, stage))

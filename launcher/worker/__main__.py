@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import PreflightError
-from launcher.plan import Plan, total_steps
+from launcher.plan import Plan
 from launcher.rundir import WAIT, RunDir, append_event, read_json
 from launcher.worker.prepared import read_prepared
 from launcher.worker.pulse import Pulse, die_with_parent, log_to, wait_for_go
@@ -55,8 +55,7 @@ def train(plan: Plan, run: RunDir, pulse: Pulse) -> None:
         sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     import torch
 
-    from launcher.worker.adapters import with_adapter
-    from launcher.worker.model import load_model
+    from launcher.worker.sharding import build_model
     from launcher.worker.training import PlannedTrainer
 
     pulse.beat("connect")
@@ -67,10 +66,7 @@ def train(plan: Plan, run: RunDir, pulse: Pulse) -> None:
     pulse.beat("load")
     prepared = read_prepared(run)
     rows = _rows(prepared.data_dir)
-    model = load_model(plan, prepared.model_dir, device, code=prepared.code)
-    # One seed for all ranks: the adapter starts the same everywhere, and the same as in a run on one rank.
-    torch.manual_seed(plan.recipe.train.seed)
-    model = with_adapter(model, plan, total_steps(plan, len(rows["train"])))
+    model = build_model(plan, run, prepared, device, len(rows["train"]))
     if plan.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
     trainer = PlannedTrainer(plan, run, prepared, {"model": model, **rows}, pulse)
@@ -95,6 +91,10 @@ def _connect(plan: Plan, torch: Any) -> None:
         )
     if world_size > 1:
         torch.distributed.init_process_group("nccl" if plan.kind == "cuda" else "gloo")
+    if plan.deepspeed is not None:
+        from launcher.worker.zero import connect
+
+        connect()
 
 
 def _rows(data_dir: str) -> dict[str, Any]:

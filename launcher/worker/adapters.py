@@ -27,6 +27,9 @@ def with_adapter(model: Any, plan: Plan, total_steps: int) -> Any:
         model.requires_grad_(True)
         return model
     try:
+        if plan.deepspeed is not None:
+            # DeepSpeed wants all weights in one precision and keeps its own fp32 copy of what is trained.
+            return peft.get_peft_model(model, peft_config(plan, total_steps), autocast_adapter_dtype=False)
         return _with_fp32_trained(peft.get_peft_model(model, peft_config(plan, total_steps)))
     except ValueError as error:
         if "arget modules" not in str(error):

@@ -23,10 +23,12 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from launcher.manifest import FILE_NAME, Manifest, best_first, describe_file, folders, set_aside, sync_folder
 from launcher.plan import Plan, identity
 from launcher.rundir import RunDir, write_atomic
+from launcher.worker.dtensors import local, placed_like
 
 State = dict[str, Any]
 
@@ -133,14 +135,18 @@ def _rotate(run: RunDir, plan: Plan, newest: Path) -> None:
 
 
 def write_optimizer(folder: Path, optimizer: Any, scheduler: Any, model: torch.nn.Module) -> None:
-    """This rank's share of the optimizer's state, and on rank 0 what is no tensor."""
+    """This rank's share of the optimizer's state, and on rank 0 what is no tensor.
+
+    Ranks that hold the same state share the writing; where it is sharded (FSDP2) each writes its rows of everything.
+    """
     names = _parameter_names(optimizer, model)
     state: dict[int, State] = optimizer.state_dict()["state"]
     rank, num_ranks = _rank(), _num_ranks()
+    is_sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     mine = {
-        f"{names[index]}|{key}": value.detach().cpu().contiguous()
+        f"{names[index]}|{key}": local(value).detach().cpu().contiguous()
         for place, index in enumerate(sorted(state))
-        if place % num_ranks == rank
+        if is_sharded or place % num_ranks == rank
         for key, value in state[index].items()
         if isinstance(value, torch.Tensor)
     }
@@ -151,23 +157,33 @@ def write_optimizer(folder: Path, optimizer: Any, scheduler: Any, model: torch.n
         (folder / "optimizer.json").write_text(json.dumps(left))
 
 
-def read_optimizer(folder: Path, optimizer: Any, scheduler: Any, model: torch.nn.Module) -> None:
-    """Put the state of all shards back. Learning rate, weight decay and the like come from the recipe, not from the checkpoint."""
+def read_optimizer(folder: Path, optimizer: Any, model: torch.nn.Module) -> int:
+    """Put the state back, of all shards or of this rank's rows; the scheduler's step.
+
+    Learning rate, weight decay and the like come from the recipe, not from the checkpoint.
+    """
     left = json.loads((folder / "optimizer.json").read_text())
     by_name: dict[str, State] = {name: dict(left["scalars"].get(name, {})) for name in left["parameters"]}
-    for shard in sorted(folder.glob("optimizer-rank*.safetensors")):
+    parameters = dict(model.named_parameters())
+    is_sharded = any(isinstance(parameter, DTensor) for parameter in parameters.values())
+    for shard in sorted(folder.glob(f"optimizer-rank{_rank() if is_sharded else '*'}.safetensors")):
         with safe_open(shard, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - a safe_open is no mapping
                 name, _, kind = key.rpartition("|")
-                by_name[name][kind] = file.get_tensor(key)
+                by_name[name][kind] = placed_like(parameters[name], file.get_tensor(key))
     names = _parameter_names(optimizer, model)
     current = optimizer.state_dict()
     state = {index: by_name[name] for index, name in names.items() if name in by_name}
     optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
-    scheduler.last_epoch = left["last_epoch"]
-    scheduler._step_count = left["last_epoch"] + 1
+    return int(left["last_epoch"])
+
+
+def set_schedule(scheduler: Any, optimizer: Any, last_epoch: int) -> None:
+    """Go to a step of the schedule."""
+    scheduler.last_epoch = last_epoch
+    scheduler._step_count = last_epoch + 1
     for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
-        group["lr"] = base * factor(scheduler.last_epoch)
+        group["lr"] = base * factor(last_epoch)
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 

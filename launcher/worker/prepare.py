@@ -9,26 +9,27 @@ Prints one JSON object a line: progress, or the error that ended it.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launcher.command import worker_environment
 from launcher.compat import fix_named
 from launcher.errors import LaunchError, PreflightError
 from launcher.plan import Plan
 from launcher.remotecode import Staged, checked_code, read_code, stage
 from launcher.rundir import RunDir, cache_folder, read_json, write_json
+from launcher.worker.cache import made, say
 from launcher.worker.data.rows import data_files, named
+from launcher.worker.operators import compile_apart, is_compiled, operators
 from launcher.worker.prepared import DataReport, Prepared, write_prepared
 from launcher.worker.pulse import die_with_parent
 
@@ -45,8 +46,6 @@ _TOKENIZER_FILES = (
     "added_tokens.json",
     "generation_config.json",
 )
-# The list of files in a cache folder, with their sizes.
-_CONTENTS = "contents.json"
 _WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 _OTHER_PATTERNS = ("*.json", "*.model", "*.txt", "*.py", "*.jinja", "*.tiktoken", "tokenizer*")
 
@@ -61,7 +60,7 @@ def main(plan_path: str) -> int:
         plan = Plan.model_validate_json(run.plan.read_text(encoding="utf-8"))
         write_prepared(run, prepare(plan, run))
     except LaunchError as error:
-        _say(event="error", you_set=error.you_set, found=error.found, to_type=error.to_type, exit_code=error.exit_code)
+        say(event="error", you_set=error.you_set, found=error.found, to_type=error.to_type, exit_code=error.exit_code)
         return error.exit_code
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
@@ -69,7 +68,7 @@ def main(plan_path: str) -> int:
         if not isinstance(error, OSError) and "No space left on device" not in reason:
             raise
         traceback.print_exc()
-        _say(
+        say(
             event="error",
             you_set=f"prepare, into {cache_folder()}",
             found=reason,
@@ -97,14 +96,14 @@ def prepare(plan: Plan, run: RunDir) -> Prepared:
     if recipe.model.config is not None:
         read = recipe.data.model_dump(mode="json", include={"format", "fields", "max_rows", "bad_rows", "system"})
         tokenizer_key = _key("tokenizer", data_hash, read, recipe.model.config.get("vocab_size"))
-        tokenizer_dir = _made("tokenizer", tokenizer_key, cached, lambda into: _make_tokenizer(plan, into))
+        tokenizer_dir = made("tokenizer", tokenizer_key, cached, lambda into: _make_tokenizer(plan, into))
         model_key = _key("model", recipe.model.config, recipe.train.seed, tokenizer_key)
-        model_dir = _made("model", model_key, cached, lambda into: _make_model(plan, tokenizer_dir, into))
+        model_dir = made("model", model_key, cached, lambda into: _make_model(plan, tokenizer_dir, into))
     else:
         model_dir = tokenizer_dir = source_dir = _existing_model(plan)
         if plan.shape.native is not None:
             key = _key("native", _FORMAT_NATIVE, plan.shape.native.model_dump(), hash_model(source_dir))
-            model_dir = tokenizer_dir = _made("native", key, cached, lambda into: _convert(plan, source_dir, into))
+            model_dir = tokenizer_dir = made("native", key, cached, lambda into: _convert(plan, source_dir, into))
         found = sorted({path for pattern in _TOKENIZER_FILES for path in model_dir.glob(pattern)})
         tokenizer_key = _hash_files([path for path in found if path.is_file()])
         code = _staged_code(plan, run, model_dir, cached)
@@ -115,11 +114,13 @@ def prepare(plan: Plan, run: RunDir) -> Prepared:
     data_key = _key(
         "data", data_hash, selection, recipe.train.seed, tokenizer_key, plan.shape.prompts, plan.shape.template
     )
-    data_dir = _made("data", data_key, cached, lambda into: _make_dataset(plan, tokenizer_dir, into, code))
+    data_dir = made("data", data_key, cached, lambda into: _make_dataset(plan, tokenizer_dir, into, code))
     if plan.batching == "packed":
         tried_on = importlib.metadata.version("transformers"), importlib.metadata.version("torch")
         packing_key = _key("packing", _hash_files([model_dir / "config.json"]), tried_on, code and code.code.sha256)
-        _made("packing", packing_key, cached, lambda into: _try_packing(plan, model_dir, code))
+        made("packing", packing_key, cached, lambda into: _try_packing(plan, model_dir, code))
+    if plan.deepspeed is not None:
+        _compile(plan)
     left = read_json(data_dir / "report.json")
     if code is not None:
         code = _tried(plan, model_dir, data_dir, code, cached)
@@ -138,6 +139,30 @@ def prepare(plan: Plan, run: RunDir) -> Prepared:
     )
 
 
+def _compile(plan: Plan) -> None:
+    """DeepSpeed's C++ operators that this plan uses. Otherwise the first step of every rank would compile them, for minutes and silently.
+
+    Raises:
+        PreflightError: a compiler or ninja is missing, or they do not compile.
+    """
+    variables = worker_environment(plan)
+    for name in operators(plan.deepspeed or {}):
+        if is_compiled(name, Path(variables["TORCH_EXTENSIONS_DIR"])):
+            say(event="prepare", what="deepspeed", state="cached")
+            continue
+        say(event="prepare", what="deepspeed", state=f"compiling {name}, which takes a minute or two")
+        exit_code, output = compile_apart(name, {**os.environ, **variables})
+        if exit_code:
+            print(output, file=sys.stderr)
+            lines = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines()[-1:]
+            raise PreflightError(
+                f"DeepSpeed's {name}",
+                f"does not compile: {lines[0].strip() if lines else 'no word why'}",
+                "install a C++ compiler and ninja (pip install ninja), or set strategy.offload=none",
+            )
+        say(event="prepare", what="deepspeed", state=f"{name} is compiled")
+
+
 def _staged_code(plan: Plan, run: RunDir, model_dir: Path, cached: list[str]) -> Staged | None:
     """The model's own code in the run directory, tried once for this code, config and libraries; None where it has none.
 
@@ -154,7 +179,7 @@ def _staged_code(plan: Plan, run: RunDir, model_dir: Path, cached: list[str]) ->
     run.module_cache.mkdir(mode=0o555, exist_ok=True)
     tried_on = importlib.metadata.version("transformers"), importlib.metadata.version("torch")
     key = _key("code", code.sha256, code.classes, _hash_files(sorted(model_dir.glob("*.json"))), plan.fixes, tried_on)
-    _made("code", key, cached, lambda into: _try_code(staged, model_dir, run))
+    made("code", key, cached, lambda into: _try_code(staged, model_dir, run))
     return staged
 
 
@@ -163,7 +188,7 @@ def _try_code(staged: Staged, model_dir: Path, run: RunDir) -> None:
     from launcher.worker.quiet import quiet_libraries
     from launcher.worker.staged import try_out
 
-    _say(event="prepare", what="code", state="trying to load it")
+    say(event="prepare", what="code", state="trying to load it")
     quiet_libraries()
     try_out(staged, model_dir, run.code)
 
@@ -181,10 +206,10 @@ def _tried(plan: Plan, model_dir: Path, data_dir: Path, code: Staged, cached: li
     key = _key(
         "trial", code.code.sha256, code.fixes, _hash_files([model_dir / "config.json"]), found, decided, tried_on
     )
-    folder = _made("trial", key, cached, lambda into: _try_small(plan, model_dir, data_dir, code, into))
+    folder = made("trial", key, cached, lambda into: _try_small(plan, model_dir, data_dir, code, into))
     fixes: dict[str, str] = read_json(folder / "trial.json")
     for name, because in fixes.items():
-        _say(event="prepare", what="fix", state=f"{name} ({fix_named(name).range}): {because}")
+        say(event="prepare", what="fix", state=f"{name} ({fix_named(name).range}): {because}")
     return code.model_copy(update={"fixes": tuple(dict.fromkeys((*code.fixes, *fixes)))})
 
 
@@ -192,7 +217,7 @@ def _try_small(plan: Plan, model_dir: Path, data_dir: Path, code: Staged, into: 
     from launcher.worker.code_trial import batch_of, try_small
     from launcher.worker.quiet import quiet_libraries
 
-    _say(event="prepare", what="trial", state="trying a small copy of the model")
+    say(event="prepare", what="trial", state="trying a small copy of the model")
     quiet_libraries()
     write_json(into / "trial.json", try_small(plan, model_dir, batch_of(plan, data_dir), code))
 
@@ -206,7 +231,7 @@ def _make_tokenizer(plan: Plan, into: Path) -> None:
 def _make_model(plan: Plan, tokenizer_dir: Path, into: Path) -> None:
     from launcher.worker.fresh import random_model
 
-    _say(event="prepare", what="model", state="building from config")
+    say(event="prepare", what="model", state="building from config")
     random_model(plan, tokenizer_dir, into)
 
 
@@ -215,7 +240,7 @@ def _convert(plan: Plan, source_dir: Path, into: Path) -> None:
     from launcher.worker.native_tokenizer import convert_tokenizer
 
     def progress(done: int, total: int) -> None:
-        _say(event="prepare", what="native", state="converting", done=done, total=total)
+        say(event="prepare", what="native", state="converting", done=done, total=total)
 
     assert plan.shape.native is not None
     # The tokenizer first: it takes seconds, the weights minutes.
@@ -227,7 +252,7 @@ def _make_dataset(plan: Plan, tokenizer_dir: Path, into: Path, code: Staged | No
     from launcher.worker.data.dataset import tokenize
 
     def progress(done: int, total: int) -> None:
-        _say(event="prepare", what="data", state="tokenizing", done=done, total=total)
+        say(event="prepare", what="data", state="tokenizing", done=done, total=total)
 
     tokenize(plan, tokenizer_dir, into, progress, code)
 
@@ -236,7 +261,7 @@ def _try_packing(plan: Plan, model_dir: Path, code: Staged | None) -> None:
     """Leaves an empty folder in the cache where packing is sound, nothing where it is not."""
     from launcher.worker.data.leak import refuse_leaks
 
-    _say(event="prepare", what="packing", state="trying on two layers")
+    say(event="prepare", what="packing", state="trying on two layers")
     refuse_leaks(plan, model_dir, code)
 
 
@@ -247,53 +272,6 @@ def _rows_key(plan: Plan, data_hash: str) -> str:
     if data.eval is not None and data.eval.path is not None:
         chosen["eval"] = "a file of its own"
     return _key("rows", data_hash, chosen, plan.recipe.train.seed, data.max_length if data.overlong == "drop" else None)
-
-
-def _made(what: str, key: str, cached: list[str], make: Callable[[Path], None]) -> Path:
-    """The cache folder of a key; made under a temporary name and renamed where it is not there yet."""
-    target = cache_folder() / f"{what}-{key[:24]}"
-    if target.is_dir():
-        if _is_whole(target):
-            cached.append(what)
-            _say(event="prepare", what=what, state="cached")
-            return target
-        _remove(target)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        make(temporary)
-        write_json(temporary / _CONTENTS, _sizes(temporary))
-        try:
-            temporary.rename(target)
-        except OSError:
-            # Somebody else was faster; theirs has the same content.
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _say(event="prepare", what=what, state="made")
-    return target
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    """Relative name -> bytes of every file of a cache folder."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != _CONTENTS)
-    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(files)}
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether every file is there in the size it was made; a look at the bytes would cost more than making most of them again."""
-    contents = read_json(folder / _CONTENTS)
-    return isinstance(contents, dict) and contents == _sizes(folder)
-
-
-def _remove(folder: Path) -> None:
-    """Take a damaged folder out of the cache: its name at once, then its files."""
-    doomed = folder.with_name(f".{folder.name}.{os.getpid()}.damaged")
-    with contextlib.suppress(FileNotFoundError):  # another launcher was quicker
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
 
 
 def _existing_model(plan: Plan) -> Path:
@@ -314,7 +292,7 @@ def _existing_model(plan: Plan) -> Path:
         RepositoryNotFoundError,
     )
 
-    _say(event="prepare", what="download", state=f"fetching {name}")
+    say(event="prepare", what="download", state=f"fetching {name}")
     revision = plan.recipe.model.revision
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_WEIGHT_PATTERNS, *_OTHER_PATTERNS]))
@@ -375,10 +353,6 @@ def hash_model(folder: Path) -> str:
 
 def _key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps([_FORMAT, *parts], sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def _say(**event: Any) -> None:
-    print(json.dumps(event, ensure_ascii=False), flush=True)
 
 
 if __name__ == "__main__":

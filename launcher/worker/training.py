@@ -14,18 +14,19 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from launcher.errors import LaunchError, PreflightError
 from launcher.families import family
 from launcher.plan import Plan, steps_per_epoch, total_steps
 from launcher.rundir import RunDir
-from launcher.worker import adapters, checkpoint
+from launcher.worker import adapters, checkpoint, sharding, zero
 from launcher.worker.asking import Asking
 from launcher.worker.code_trial import Recomputation
 from launcher.worker.data.batches import Batch, StepOrder, collator
 from launcher.worker.data.tokens import IGNORED
+from launcher.worker.dtensors import local
 from launcher.worker.loading import find_checkpoint
 from launcher.worker.metrics import Metrics
 from launcher.worker.prepared import Prepared
@@ -69,6 +70,7 @@ def training_arguments(plan: Plan, run: RunDir, num_rows: int) -> TrainingArgume
         dataloader_pin_memory=plan.kind == "cuda",
         remove_unused_columns=False,
         eval_on_start=plan.recipe.data.eval is not None and plan.resume_from is None,
+        deepspeed=str(run.deepspeed) if plan.deepspeed is not None else None,
         **checkpointing,
     )
 
@@ -85,6 +87,9 @@ class PlannedTrainer(Trainer):
         collate = collator(plan.batching, prepared.pad_token_id, family(plan.shape.family).own_mask)
         arguments = training_arguments(plan, run, len(self.train_rows))
         super().__init__(model=parts["model"], args=arguments, train_dataset=self.train_rows, data_collator=collate)
+        if plan.strategy == "fsdp":
+            # Precision and no more: a model that accelerate has prepared it does not wrap in DDP.
+            self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
         self.metrics = Metrics(run, plan, prepared, self.args.device)
         check_world(plan, self, pulse.rank)
         per_epoch = steps_per_epoch(plan, len(self.train_rows))
@@ -119,17 +124,21 @@ class PlannedTrainer(Trainer):
         rows = self.eval_rows
         order = sorted(range(len(rows)), key=lambda row: -rows[row]["length"])
         size, rank, num_ranks = self.plan.micro_batch, self.args.process_index, self.args.world_size
-        starts = range(rank * size, len(order), size * num_ranks)
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with torch.no_grad():
-            for start in starts:
-                batch = self.data_collator([rows[row] for row in order[start : start + size]])
+            # Where weights are sharded every forward pass is a meeting of all ranks: those without rows left come with the shortest one,
+            # which does not count.
+            for start in range(0, len(order), size * num_ranks):
+                mine = order[start + rank * size :][:size]
+                batch = self.data_collator([rows[row] for row in mine or order[-1:]])
                 batch = self._prepare_inputs(batch)
-                labels = batch.pop("labels")[:, 1:]
+                labels = batch.pop("labels")[:, 1:] if mine else batch.pop("labels")[:, 1:].fill_(IGNORED)
                 logits = self.model(**batch).logits[:, :-1].float()
                 loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
                 total += torch.stack([loss.double(), (labels != IGNORED).sum().double()])
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # without a backward pass the last weights that were gathered stay whole
         if dist.is_initialized():
             dist.all_reduce(total)
         metrics = {"eval_loss": float(total[0] / total[1].clamp(min=1))}
@@ -149,16 +158,34 @@ class PlannedTrainer(Trainer):
 
     def _write_files(self, folder: Path) -> None:
         """This rank's files of a checkpoint."""
-        checkpoint.write_optimizer(folder, self.optimizer, self.lr_scheduler, self.model)
+        if self.plan.deepspeed is not None:
+            zero.write_state(folder, self.model_wrapped, self.lr_scheduler.last_epoch)
+        else:
+            checkpoint.write_optimizer(folder, self.optimizer, self.lr_scheduler, self.model)
         self._save_rng_state(str(folder))
+        if self.plan.strategy in sharding.PARAMETERS_SHARDED:
+            sharding.write_weights(folder, self.model, self.plan)
         if self.args.process_index == 0:
-            self.model.save_pretrained(folder, max_shard_size=self.plan.recipe.checkpoint.max_shard_size)
+            if self.plan.strategy not in sharding.PARAMETERS_SHARDED:
+                self.model.save_pretrained(folder, max_shard_size=self.plan.recipe.checkpoint.max_shard_size)
             self.state.save_to_json(str(folder / "trainer_state.json"))
             self._save_scaler(str(folder))
             if self.plan.recipe.adapter.type == "adalora":
                 save_file(adapters.adalora_state(self.model), folder / _ADALORA_FILE)
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """The Trainer's own, which for DeepSpeed would look for DeepSpeed's files: weights are read before it, the rest after it."""
+        if resume_from_checkpoint is not None and self.plan.strategy in ("zero1", "zero2"):
+            self._load_from_checkpoint(resume_from_checkpoint)
+        given = resume_from_checkpoint if self.plan.deepspeed is None else None
+        ready = super()._prepare_for_training(max_steps, train_dataloader, given)
+        if resume_from_checkpoint is not None and given is None:
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return ready
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.plan.strategy in sharding.PARAMETERS_SHARDED:
+            return  # they were read from it when the model was made
         if self.plan.recipe.adapter.type == "adalora":
             adapters.load_adalora_state(self.model, load_file(Path(resume_from_checkpoint) / _ADALORA_FILE))
         else:
@@ -188,8 +215,13 @@ class PlannedTrainer(Trainer):
             torch.manual_seed(self.args.seed + self.state.global_step)
 
     def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
-        if checkpoint_dir is not None:
-            checkpoint.read_optimizer(Path(checkpoint_dir), self.optimizer, self.lr_scheduler, self.model)
+        if checkpoint_dir is None:
+            return
+        if self.plan.deepspeed is not None:
+            last_epoch = zero.read_state(Path(checkpoint_dir), self.model_wrapped)
+        else:
+            last_epoch = checkpoint.read_optimizer(Path(checkpoint_dir), self.optimizer, self.model)
+        checkpoint.set_schedule(self.lr_scheduler, self.optimizer, last_epoch)
 
 
 class Flow(TrainerCallback):
@@ -249,6 +281,9 @@ class FirstStepCheck(TrainerCallback):
         self.done = False
         self.recomputation = Recomputation(trainer.model)
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        sharding.prove(self.trainer.plan, self.trainer.model, self.trainer.model_wrapped)
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if self.done:
             return
@@ -256,21 +291,18 @@ class FirstStepCheck(TrainerCallback):
         self.recomputation.stop()
         if self.trainer.plan.gradient_checkpointing:
             self.recomputation.require(self.trainer.plan.shape.name)
-        if self.trainer.plan.strategy == "ddp" and not isinstance(self.trainer.model_wrapped, DistributedDataParallel):
-            raise PreflightError(
-                "strategy.type: ddp", "the ranks train copies that do not know of each other", "report this, please"
-            )
         trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        if self.trainer.plan.deepspeed is not None:  # gradients are gone by now, their norm is kept
+            _require_gradient(bool(self.trainer.model_wrapped.get_global_grad_norm()))
+            return
         without = [name for name, parameter in trainable if parameter.grad is None]
         if without:
             found = f"{len(without)} of {len(trainable)} trainable tensors got no gradient: {', '.join(without[:8])}"
             raise NoGradientError(
                 "adapter", found, "train other modules (adapter.targets), or set train.gradient_checkpointing=false"
             )
-        if not any(bool(parameter.grad.count_nonzero()) for _, parameter in trainable):
-            raise NoGradientError(
-                "adapter", "every gradient is exactly zero", "check data.max_length and the answers in your data"
-            )
+        grads = [local(parameter.grad) for _, parameter in trainable]
+        _require_gradient(sharding.on_any_rank(any(bool(grad.count_nonzero()) for grad in grads), args.device))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         loss = (logs or {}).get("loss")
@@ -280,6 +312,13 @@ class FirstStepCheck(TrainerCallback):
             raise NoGradientError(
                 f"train.lr: {lr:g}", found, f"learn more slowly: launch resume RUN train.lr={lr / 10:g}"
             )
+
+
+def _require_gradient(found: bool) -> None:
+    if not found:
+        raise NoGradientError(
+            "adapter", "every gradient is exactly zero", "check data.max_length and the answers in your data"
+        )
 
 
 class Beat(TrainerCallback):

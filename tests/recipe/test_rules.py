@@ -204,6 +204,48 @@ RULES: list[tuple[Sections, str, str, Sections]] = [
         )
         for name in ("ddp", "zero1", "zero2", "zero3", "fsdp")
     ),
+    *(
+        (
+            {"strategy": {"type": name}, "model": {"quantization": "nf4"}},
+            "strategy.type",
+            f"{name} would cut up weights stored in nf4, whose blocks have scales of their own. "
+            "Set strategy.type=zero2, or model.quantization=none",
+            {"strategy": {"type": "zero2"}, "model": {"quantization": "nf4"}},
+        )
+        for name in ("fsdp", "zero3")
+    ),
+    *(
+        (
+            {"strategy": {"type": name}, "adapter": {"type": "adalora"}},
+            "adapter.type",
+            f"adalora looks at whole weights and their gradients, of which a rank under {name} has a share. "
+            "Set strategy.type=ddp, or adapter.type=lora",
+            {"strategy": {"type": "ddp"}, "adapter": {"type": "adalora"}},
+        )
+        for name in ("zero1", "zero2", "zero3", "fsdp")
+    ),
+    (
+        {"strategy": {"type": "fsdp"}, "train": {"optimizer": "adamw_8bit"}},
+        "train.optimizer",
+        "adamw_8bit knows no sharded tensors. Set train.optimizer=adamw, or strategy.type=zero2",
+        {"strategy": {"type": "zero2"}, "train": {"optimizer": "adamw_8bit"}},
+    ),
+    (
+        {"strategy": {"type": "zero2", "offload": "optimizer"}, "train": {"optimizer": "adamw_8bit"}},
+        "train.optimizer",
+        "adamw_8bit does not run on the host, where strategy.offload=optimizer puts it. "
+        "Set train.optimizer=adamw, or strategy.offload=none",
+        {"strategy": {"type": "zero2", "offload": "optimizer"}},
+    ),
+    *(
+        (
+            {"strategy": {"type": name, "deepspeed": "ds.json"}},
+            "strategy.deepspeed",
+            f"{name} does not read it. Set strategy.type=zero1, zero2 or zero3, or deepspeed=null",
+            {"strategy": {"type": "zero1", "deepspeed": "ds.json"}},
+        )
+        for name in ("auto", "ddp", "fsdp")
+    ),
     (
         {"checkpoint": {"resume": "auto"}},
         "checkpoint.resume",

@@ -128,6 +128,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One cache for all tests of the session, and not the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LAUNCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        if "TORCH_EXTENSIONS_DIR" not in os.environ:  # the ranks of the rank server get no variables of their own
+            patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("operators")))
         yield
 
 

@@ -1,0 +1,213 @@
+"""The model of a plan spread over its ranks, by FSDP2 or ZeRO-3: built, filled from files, proved, gathered again.
+
+The same calls on a CPU and on GPUs. accelerate would ignore `fsdp` on a CPU without a word, so it is not asked: the model is sharded
+before the Trainer sees it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from launcher.errors import PreflightError
+from launcher.plan import Plan, total_steps
+from launcher.rundir import RunDir, write_json
+from launcher.worker import zero
+from launcher.worker.adapters import with_adapter
+from launcher.worker.byshard import ADAPTER_FILE, Weights, empty_model, is_empty, read_buffers, weights_of
+from launcher.worker.dtensors import rows_of_this_rank
+from launcher.worker.model import DTYPES, load_model
+from launcher.worker.prepared import Prepared
+
+_INDEX = "model.safetensors.index.json"
+PARAMETERS_SHARDED = ("fsdp", "zero3")
+
+
+def build_model(plan: Plan, run: RunDir, prepared: Prepared, device: torch.device, num_rows: int) -> Any:
+    """The model that this rank trains, adapter and all; where parameters are sharded its share of it, and at once that of the checkpoint
+    to go on from."""
+    if plan.strategy not in PARAMETERS_SHARDED:
+        return _adapted(load_model(plan, prepared.model_dir, device, code=prepared.code), plan, num_rows)
+    checkpoint = run.path / plan.resume_from if plan.resume_from else None
+    full = plan.recipe.adapter.type == "full"
+    folder = checkpoint if checkpoint is not None and full else Path(prepared.model_dir)
+    model, weights = None, None
+    # DoRA starts from the norms of the weights; a model's own code may do anything while it is built.
+    if prepared.code is None and plan.recipe.adapter.type != "dora":
+        model = empty_model(folder, DTYPES[plan.weights_dtype])
+        weights = weights_of(model, folder, checkpoint)
+    if weights is None:
+        print(f"{folder} cannot be read by shard: each rank loads all of it before it keeps its share", flush=True)
+        model = load_model(plan, folder, torch.device("cpu"), code=prepared.code)
+    else:
+        read_buffers(model, weights)
+    model = _adapted(model, plan, num_rows)
+    if weights is None and checkpoint is not None and not full:
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_file(checkpoint / ADAPTER_FILE))
+    if plan.strategy == "fsdp":
+        shard(model, plan, device)
+        if weights is not None:
+            _fill(model, weights)
+    elif weights is not None:
+        zero.partition(model, weights, plan, device)
+    return model
+
+
+def _adapted(model: Any, plan: Plan, num_rows: int) -> Any:
+    """The model with the plan's adapter: one seed for all ranks, so that it starts the same everywhere, and the same as on one rank."""
+    torch.manual_seed(plan.recipe.train.seed)
+    return with_adapter(model, plan, total_steps(plan, num_rows))
+
+
+def shard(model: Any, plan: Plan, device: torch.device) -> None:
+    """Hand every layer, and the rest, to FSDP2: each rank keeps a share of the rows of every parameter."""
+    mesh = init_device_mesh(device.type, (plan.num_processes,))
+    # Trained weights lie in fp32 and compute in half precision. Under an adapter the base lies in half precision as it is,
+    # and the adapter has to stay in fp32 (`_with_fp32_trained`): there autocast does what it does under DDP.
+    halved = plan.recipe.adapter.type == "full" and plan.dtype != "fp32"
+    policy = MixedPrecisionPolicy(param_dtype=DTYPES[plan.dtype] if halved else None, reduce_dtype=torch.float32)
+    for module in (*_layers(model), model):
+        for parameter in module.parameters():
+            if is_empty(parameter):
+                # FSDP2 wants them in one piece, of which it copies this rank's rows. On a CPU pages that nobody has written to are no
+                # memory; on a GPU it is that of one layer at a time.
+                parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def _layers(model: Any) -> list[torch.nn.Module]:
+    """The blocks that are gathered one at a time: what transformers never splits, else the children of the longest list."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if layers:
+        return layers
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return list(max(lists, key=len, default=()))
+
+
+def _fill(model: Any, weights: Weights) -> None:
+    """Read this rank's rows of every parameter that files have; the adapter's own are as PEFT made them, or as its checkpoint has them."""
+    for name, parameter in model.named_parameters():
+        found = weights.find(name)
+        if found is not None:
+            tensors, own = found
+            tensors.read(own, parameter.to_local().detach(), rows_of_this_rank(parameter))
+
+
+def prove(plan: Plan, model: torch.nn.Module, wrapped: Any) -> None:
+    """Look at what trains, on this rank, before the first step: several libraries fall back to something else without a word.
+
+    Args:
+        wrapped: what the Trainer calls: the model, DDP around it, or DeepSpeed's engine.
+
+    Raises:
+        PreflightError: it is not what was planned.
+    """
+    found: str | None = None
+    if plan.strategy == "ddp" and not isinstance(wrapped, DistributedDataParallel):
+        found = "the ranks train copies that do not know of each other"
+    elif plan.strategy == "fsdp":
+        found = next(filter(None, (_whats_wrong(*named, plan) for named in model.named_parameters())), None)
+    elif plan.strategy.startswith("zero"):
+        found = zero.what_is_wrong(wrapped, model, plan)
+    if found is not None:
+        raise PreflightError(f"strategy.type: {plan.strategy}", found, "report this, please")
+
+
+def _whats_wrong(name: str, parameter: torch.Tensor, plan: Plan) -> str | None:
+    """What keeps a parameter from being spread over all ranks, this one having its rows and no more."""
+    if not isinstance(parameter, DTensor):
+        return f"{name} is whole on every rank"
+    if parameter.device_mesh.size() != plan.num_processes:
+        return f"{name} is spread over {parameter.device_mesh.size()} of {plan.num_processes} ranks"
+    rows = rows_of_this_rank(parameter)
+    held, planned = parameter.to_local().numel(), (rows.stop - rows.start) * math.prod(parameter.shape[1:])
+    return f"this rank holds {held:,} values of {name}, planned are {planned:,}" if held != planned else None
+
+
+def gathered(model: Any, trained_only: bool) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """(name, whole tensor on the CPU) of every weight, one at a time; the tensor only on rank 0. Every rank has to take all of them.
+
+    Args:
+        trained_only: leave out what is frozen.
+    """
+    for name, parameter in model.named_parameters():
+        if trained_only and not parameter.requires_grad:
+            continue
+        if isinstance(parameter, DTensor):
+            whole = parameter.detach().full_tensor()
+            yield name, whole.cpu() if dist.get_rank() == 0 else None
+        else:
+            yield name, zero.gathered(parameter)
+
+
+def write_weights(folder: Path, model: Any, plan: Plan) -> None:
+    """Write an adapter, or all weights in files of at most checkpoint.max_shard_size, as PEFT and transformers read them.
+
+    Every rank has to call it. Rank 0 holds one file's tensors at a time.
+
+    Raises:
+        OSError, RuntimeError, SafetensorError: on rank 0, where a file could not be written.
+    """
+    if plan.recipe.adapter.type != "full":
+        trained = dict(gathered(model, trained_only=True))
+        if dist.get_rank() == 0:
+            model.save_pretrained(folder, state_dict=trained)
+        return
+    files = _files(model, plan.recipe.checkpoint.max_shard_size)
+    weights, error = gathered(model, trained_only=False), None
+    for file_name, names in files.items():
+        tensors = dict(islice(weights, len(names)))
+        if dist.get_rank() != 0 or error is not None:
+            continue
+        try:
+            save_file(tensors, folder / file_name, metadata={"format": "pt"})
+        except (OSError, RuntimeError, SafetensorError) as failure:
+            error = failure  # the other ranks go on to gather: who leaves now lets them wait for ever
+    if error is not None:
+        raise error
+    if dist.get_rank() == 0:
+        kept = {name: file_name for file_name, names in files.items() for name in names}
+        size = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
+        write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": kept})
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+
+
+def _files(model: torch.nn.Module, max_shard_size: str) -> dict[str, list[str]]:
+    """File name -> names of the weights in it, in the order in which they are gathered."""
+    number, unit = re.fullmatch(r"(\d+)(MB|GB)", max_shard_size).groups()  # type: ignore[union-attr]
+    limit = int(number) * {"MB": 10**6, "GB": 10**9}[unit]
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, parameter in model.named_parameters():
+        num_bytes = zero.numel(parameter) * parameter.element_size()
+        if groups[-1] and size + num_bytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += num_bytes
+    return {f"model-{place:05d}-of-{len(groups):05d}.safetensors": names for place, names in enumerate(groups, 1)}
+
+
+def on_any_rank(value: bool, device: torch.device) -> bool:
+    """Whether it is so on any rank. Every rank has to ask."""
+    flag = torch.tensor([float(value)], device=device)
+    if dist.is_initialized():
+        dist.all_reduce(flag)
+    return bool(flag)

@@ -1,0 +1,78 @@
+"""ZeRO-1, 2 and 3 by real DeepSpeed on gloo ranks; skipped where it is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from launcher.worker import zero
+from tests.worker.conftest import Job
+from tests.worker.test_sharding import SAME, goes_on_to_the_last_bit, learns_what_one_rank_learns
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the extra deepspeed"),
+]
+STRATEGIES = pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+WAYS = pytest.mark.parametrize(
+    "settings",
+    [("adapter.modules_to_save=[lm_head]", "train.gradient_checkpointing=true"), ("adapter.type=full",)],
+    ids=["lora", "full"],
+)
+
+
+@WAYS
+@STRATEGIES
+def test_it_learns_what_one_rank_learns(job: Job, tmp_path: Path, strategy: str, settings: tuple[str, ...]) -> None:
+    learns_what_one_rank_learns(job, tmp_path / "one", (f"strategy.type={strategy}",), settings)
+
+
+@WAYS
+@STRATEGIES
+def test_it_goes_on_to_the_last_bit(job: Job, tmp_path: Path, strategy: str, settings: tuple[str, ...]) -> None:
+    goes_on_to_the_last_bit(job, tmp_path / "whole", (f"strategy.type={strategy}",), settings)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "settings"),
+    [
+        ("zero2", ("model.dtype=bf16",)),
+        ("zero3", ("model.dtype=bf16", "adapter.type=full")),
+        ("zero3", ("adapter.type=dora",)),  # loaded whole by each rank
+        ("zero1", ("train.optimizer=adamw_8bit",)),
+    ],
+)
+def test_other_ways_go_on_to_the_last_bit(job: Job, tmp_path: Path, strategy: str, settings: tuple[str, ...]) -> None:
+    goes_on_to_the_last_bit(job, tmp_path / "whole", (f"strategy.type={strategy}",), settings)
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2"])
+def test_a_quantised_base_learns(job: Job, strategy: str) -> None:
+    pytest.importorskip("bitsandbytes", reason="quantised bases need the extra bitsandbytes")
+    sizes = ("model.config.hidden_size=64", "model.config.intermediate_size=128")
+    assert job.start(f"strategy.type={strategy}", "model.quantization=nf4", *sizes) == [0, 0], job.logs()
+    evals = [event["loss"] for event in job.events("eval")]
+    assert evals[-1] < evals[0]
+
+
+def test_an_engine_of_another_stage_is_found(job: Job) -> None:
+    plan = job.plan("strategy.type=zero2")
+    model = torch.nn.Linear(4, 4)
+    assert zero.what_is_wrong(model, model, plan) == "the model is trained by Linear, not by DeepSpeed"
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="offloading compiles an operator with a C++ compiler")
+@pytest.mark.parametrize("part", ["optimizer", "parameters"])
+def test_what_is_offloaded_learns_the_same(job: Job, tmp_path: Path, part: str) -> None:
+    here, offloaded = (
+        Job(job.server, job.recipe, tmp_path / "here"),
+        ("strategy.type=zero3", f"strategy.offload={part}"),
+    )
+    assert here.start(*SAME, "strategy.type=zero3") == [0, 0], here.logs()
+    assert job.start(*SAME, *offloaded) == [0, 0], job.logs()
+    # DeepSpeed's Adam on the host rounds otherwise than torch's.
+    assert list(job.losses().values()) == pytest.approx(list(here.losses().values()), abs=2e-4)
