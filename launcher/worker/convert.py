@@ -251,7 +251,7 @@ def _converted(key: str, tensor: torch.Tensor, found: NativeConfig, name: str) -
             tensor = torch.nn.functional.normalize(tensor)
         pieces = [tensor]
         if len(row.targets) > 1:
-            sizes = _qkv_rows(found.config)
+            sizes = qkv_rows(found.config)
             if tensor.shape[0] != sum(sizes):
                 raise _inexact(name, f"{key} has {tensor.shape[0]} rows instead of {' + '.join(map(str, sizes))}")
             # Rows of one matrix share its memory, which safetensors does not allow.
@@ -261,7 +261,7 @@ def _converted(key: str, tensor: torch.Tensor, found: NativeConfig, name: str) -
     raise _inexact(name, f"nobody here knows its tensor {key}")
 
 
-def _qkv_rows(config: Mapping[str, Any]) -> list[int]:
+def qkv_rows(config: Mapping[str, Any]) -> list[int]:
     """How many rows of a fused matrix are query, key and value."""
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return [config["num_attention_heads"] * size, *2 * [config["num_key_value_heads"] * size]]

@@ -22,6 +22,7 @@ from launcher.native import NativeConfig, native_config
 from launcher.plan import Plan
 from launcher.rundir import RunDir
 from launcher.worker.convert import KEYS, Row, convert_model, filled, wanted_config
+from launcher.worker.fused_adapter import write_fused
 from launcher.worker.loading import Trained
 from launcher.worker.native_tokenizer import convert_tokenizer
 from launcher.worker.prepared import read_prepared
@@ -56,12 +57,15 @@ def write_original(trained: Trained, folder: Path, max_shard_size: str) -> int:
 
     assert trained.prepared.source_dir is not None
     source = Path(trained.prepared.source_dir)
-    state = original_layout(merged(trained).state_dict(), wanted_config(source, trained.plan.shape.name))
+    found = wanted_config(source, trained.plan.shape.name)
+    state = original_layout(merged(trained).state_dict(), found)
     for file in source.iterdir():
         if file.is_file() and not file.name.startswith(".") and not file.name.endswith(WEIGHTS):
             shutil.copyfile(file, folder / file.name)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
+    if write_fused(trained.checkpoint, found, folder / "adapter"):
+        print("adapter      beside the merged weights, for the original ones: adapter/")
     return shared_and_counted(folder)
 
 

@@ -22,6 +22,7 @@ from launcher.errors import DataError, PreflightError, UsageError
 from launcher.rundir import RunDir
 from launcher.worker.convert import convert_model, wanted_config
 from launcher.worker.data.tokens import Prompter
+from launcher.worker.fused_adapter import write_fused
 from launcher.worker.native_tokenizer import convert_tokenizer, from_sentencepiece, texts
 from launcher.worker.original import original_layout, require_way_back
 from launcher.worker.prepare import hash_model
@@ -467,6 +468,16 @@ def exported_in_the_original_layout(job: Job, source: Path) -> None:
     changed = {name for name in first if not torch.equal(state[name], first[name])} - {ROTARY}
     fused = "transformer.encoder.layers.{}.self_attention.query_key_value.weight"
     assert changed == {fused.format(0), fused.format(1)}, "the adapter is in the fused matrices, and nowhere else"
+    # The adapter by itself, for the weights as they were: what PEFT would add to them is what has been merged.
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    adapter = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert config["target_modules"] == ["query_key_value"]
+    rank, alpha = config["rank_pattern"]["query_key_value"], config["alpha_pattern"]["query_key_value"]
+    assert (rank, alpha) == (12, 24)
+    for layer in range(2):
+        name = f"base_model.model.{fused.format(layer).removesuffix('.weight')}"
+        added = alpha / rank * adapter[f"{name}.lora_B.weight"] @ adapter[f"{name}.lora_A.weight"]
+        torch.testing.assert_close(first[fused.format(layer)] + added, state[fused.format(layer)])
 
 
 def run_verb(name: str, job: Job, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -495,3 +506,40 @@ def test_a_run_that_was_not_converted_has_no_original_layout(tmp_path: Path) -> 
     (tmp_path / "plan.json").write_text(plan.model_dump_json(by_alias=True))
     with pytest.raises(UsageError, match="was not converted"):
         require_way_back(RunDir(tmp_path))
+
+
+@pytest.mark.parametrize(("targets", "rslora"), [(["q_proj", "v_proj"], False), ("all-linear", True)])
+def test_an_adapter_goes_back_without_the_base(targets: list[str] | str, rslora: bool, tmp_path: Path) -> None:
+    """PEFT reads what was written, on a model whose modules are called as in the original, and computes the same delta."""
+    import peft
+
+    original = tmp_path / "original"
+    originals.write_model(original, "chatglm2", originals.random_state("chatglm2"))
+    model = peft.get_peft_model(
+        converted(original, tmp_path / "native"),
+        peft.LoraConfig(r=2, lora_alpha=6, target_modules=targets, use_rslora=rslora, init_lora_weights=False),
+    )
+    model.save_pretrained(str(tmp_path / "checkpoint"))
+    assert write_fused(tmp_path / "checkpoint", wanted_config(original, "tiny"), tmp_path / "adapter")
+    merged = original_layout(model.merge_and_unload().state_dict(), wanted_config(original, "tiny"))
+
+    class Named(torch.nn.Module):
+        """Linear layers under the original's names, with its weights."""
+
+        def __init__(self, state: dict[str, torch.Tensor]) -> None:
+            super().__init__()
+            for name, tensor in state.items():
+                *path, leaf, kind = name.split(".")
+                inside: torch.nn.Module = self
+                for part in path:
+                    if not hasattr(inside, part):
+                        inside.add_module(part, torch.nn.Module())
+                    inside = getattr(inside, part)
+                if kind == "weight" and tensor.dim() == 2 and "embedding" not in name:
+                    linear = torch.nn.Linear(tensor.shape[1], tensor.shape[0], bias=False)
+                    linear.weight.data = tensor.clone()
+                    inside.add_module(leaf, linear)
+
+    named = peft.PeftModel.from_pretrained(Named(originals.random_state("chatglm2")), str(tmp_path / "adapter"))
+    for name, tensor in named.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(tensor, merged[name], msg=name)
