@@ -95,7 +95,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 @pytest.mark.parametrize(
     ("exit_code", "args", "words"),
     [
-        (USAGE, "plan", ["Missing argument 'RECIPE'", "launch plan --help"]),
+        (USAGE, "plan", ["no recipe: there is nothing to plan", "launch recipes"]),
         (USAGE, "nonsense", ["recipe nonsense: there is no such recipe", "launch recipes"]),
         (USAGE, "quickstrat", ["did you mean: launch ", "recipes/quickstart.yaml"]),
         (USAGE, "run nowhere/mine.yaml", ["recipe nowhere/mine.yaml: there is no such recipe", "launch recipes"]),
