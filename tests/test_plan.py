@@ -353,7 +353,7 @@ def test_all_problems_come_at_once() -> None:
     [
         (
             "RTX 3090",
-            {"model": {"path": SEVEN}, "data": {"max_length": 512}, "train": {"micro_batch": 8}},
+            {"model": {"path": SEVEN}, "data": {"max_length": 768}, "train": {"micro_batch": 8}},
             {"train.micro_batch=1", "model.quantization=int8", "model.quantization=nf4"},
         ),
         (

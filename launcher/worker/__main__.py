@@ -93,7 +93,11 @@ def _connect(plan: Plan, torch: Any) -> None:
             f"this one was started as one of {world_size}",
             "start the run with: launch RECIPE",
         )
-    if world_size > 1:
+    if world_size == 1:
+        # accelerate wraps even a single rank of torchrun into DDP, which keeps all gradients a second time.
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
+    else:
         torch.distributed.init_process_group("nccl" if plan.kind == "cuda" else "gloo")
 
 
