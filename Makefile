@@ -20,6 +20,7 @@ bench:              ## the results pages of this machine
 	python benchmarks/startup.py
 	python benchmarks/trainer_overhead.py
 	python benchmarks/remote_code_race.py
+	python benchmarks/memory_honesty.py
 
 schema:             ## what editors complete recipes with
 	launch schema recipes/schema.json

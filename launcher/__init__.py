@@ -9,7 +9,7 @@
     native       config of a model with its own code -> that of the transformers class that computes the same
     modelshape/  config.json and tensor headers -> parameters     (catalogue.yaml)
     remotecode/  the .py files of a model -> found, looked at, pinned, staged
-    memory       bytes of a device, in parts
+    memory/      bytes of a device, in parts
     plan/        (Recipe, Cluster, ModelShape) -> Plan
     command      Plan -> what each node starts
     preflight    Plan and this machine -> findings

@@ -237,10 +237,12 @@ class FirstStepCheck(TrainerCallback):
         if self.done:
             return
         self.done = True
-        if self.trainer.plan.strategy == "ddp" and not isinstance(self.trainer.model_wrapped, DistributedDataParallel):
-            raise PreflightError(
-                "strategy.type: ddp", "the ranks train copies that do not know of each other", "report this, please"
-            )
+        strategy, wrapped = self.trainer.plan.strategy, isinstance(self.trainer.model_wrapped, DistributedDataParallel)
+        if strategy in ("single", "ddp") and wrapped != (strategy == "ddp"):
+            found = "the ranks train copies that do not know of each other"
+            if wrapped:
+                found = "the one rank is wrapped into DDP, which keeps all gradients twice"
+            raise PreflightError(f"strategy.type: {strategy}", found, "report this, please")
         trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         without = [name for name, parameter in trainable if parameter.grad is None]
         if without:
