@@ -183,7 +183,7 @@ def _summary(part: str, ratios: list[float]) -> str:
 
 
 FAMILIES = {"llama": {}, "gemma": {"head_dim": 32, "tie_word_embeddings": True}, "phi": {}}
-WIDTHS = {"tiny": (128, 384, 3, 4, 2, 2048), "small": (384, 1024, 6, 12, 4, 8192)}
+WIDTHS = {"tiny": (128, 384, 3, 4, 2, 2048), "small": (256, 768, 6, 8, 2, 4096)}
 
 
 def rank_ways(strategy: str) -> Iterator[tuple[str, Way]]:
@@ -200,7 +200,7 @@ def ranks(page: Page) -> None:
     rows, ratios = [], []
     strategies = ["single", "ddp", "fsdp"]
     has_deepspeed = importlib.util.find_spec("deepspeed") is not None
-    strategies += ["zero1", "zero2", "zero3"] if has_deepspeed else []
+    strategies += ["zero2", "zero3"] if has_deepspeed else []
     for strategy in strategies:
         cases = [
             (f"{strategy}, {family}, {width}, {name}", recipe_of(_small(family, width, more), way, "fp32"))
