@@ -22,6 +22,7 @@ bench:              ## the results pages of this machine
 	python benchmarks/remote_code_race.py
 	# python benchmarks/one_sample.py --data DIR, with alpaca_zh_demo.json and alpaca_en_demo.json
 	python benchmarks/loading_memory.py
+	python benchmarks/memory_honesty.py
 
 schema:             ## what editors complete recipes with
 	launch schema recipes/schema.json

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-_PACKAGES = ("launch-trainer", "torch", "transformers", "accelerate", "peft", "datasets", "bitsandbytes")
+_PACKAGES = ("launch-trainer", "torch", "transformers", "accelerate", "peft", "datasets", "deepspeed", "bitsandbytes")
 
 
 class Page:

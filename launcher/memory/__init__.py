@@ -37,7 +37,7 @@ _CPU_CONTEXT_BYTES = round(0.45 * GIB)
 # beyond what is in use, as a share of all that comes and goes. Constants of experience, not measured on these cards.
 CUDA_CONTEXT_BYTES = round(0.6 * GIB)
 ALLOCATOR_RESERVE = 0.06
-_ZERO_BUCKET_ELEMENTS = 5 * 10**8  # DeepSpeed's own default for reduce_bucket_size
+_ZERO3_LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters: so many stay gathered for the next use
 
 # Activations, logits, buffers and gradients at a moment. All else is always there.
 _Moment = tuple[int, int, int, int]
@@ -70,7 +70,7 @@ def _moments(request: MemoryRequest) -> Iterator[_Moment]:
     shape, c = request.shape, request.compute_dtype_bytes
     # Gradients fill up during the last backward pass; with accumulation they are there from the second micro batch on.
     gradients = gradients_bytes(request)
-    before = gradients if request.accumulation > 1 else 0
+    before = gradients if request.accumulation > 1 or request.strategy == "zero3" else 0  # ZeRO-3 reserves their room
     values = request.num_tokens * shape.vocab_size
     kept, passing = kept_bytes(request), passing_bytes(request)
     layers = (
@@ -89,28 +89,24 @@ def _moments(request: MemoryRequest) -> Iterator[_Moment]:
     yield activations, 0, always + casts + held + 2 * head + layer, before
     yield activations, values * (c + 8 if c < 4 else 8), always + casts + held + 2 * head, before
     yield activations, values * 12, always + (head_cast if again else casts) + held + head, before
-    # The last layer goes backward; the one before it, which was gathered meanwhile; all gradients of that one are there.
+    # The last layer goes backward; the one before it is gathered, while gradients leave.
     below = layers - layers // shape.num_layers
     always_back = always + held + (layer_casts if again else casts - head_cast)
-    headed = max(before, _head_gradient_bytes(request))
+    headed = max(before, _gradient_share(request, shape.head_parameters))
     yield layers + again + passing, 0, always_back + 2 * layer, headed
-    yield below + again + passing, 0, always_back + 3 * layer, headed
     yield below, 0, always_back + (4 if request.full else 3) * layer, headed
-    # The first layer goes backward: what the others kept is gone, their gradients are there.
+    # The first layer goes backward: what the others kept is gone, their gradients are there. Then the embedding.
     first = request.num_tokens * shape.hidden_size * request.stream_bytes
-    yield first + kept + passing, 0, always + layer_casts + held + 3 * layer, gradients
+    missing = _gradient_share(request, shape.layer_parameters + shape.embedding_parameters)
+    yield first + kept + passing, 0, always_back + 2 * layer, max(before, gradients - missing)
     yield 0, 0, always + held + (2 * embedding if request.full else 0) + layer, gradients
-    # The optimizer steps.
-    yield 0, 0, always + _update_bytes(request), gradients
+    # The optimizer steps. ZeRO-1 has dropped the gradients of other ranks' parameters by then.
+    yield 0, 0, always + _update_bytes(request), gradients // (request.shards if request.strategy == "zero1" else 1)
 
 
-def _head_gradient_bytes(request: MemoryRequest) -> int:
-    """The gradient that is there first."""
-    shape = request.shape
-    if not request.full or shape.tie_word_embeddings:
-        return 0
-    shards = request.shards if request.strategy in ("zero2", "zero3", "fsdp") else 1
-    return shape.head_parameters * trained_dtype_bytes(request) // shards
+def _gradient_share(request: MemoryRequest, parameters: int) -> int:
+    """The gradients of some of the base's parameters, where they are trained."""
+    return gradients_bytes(request) * parameters // request.trainable_parameters if request.full else 0
 
 
 def _layer_inputs_bytes(request: MemoryRequest) -> int:
@@ -141,8 +137,8 @@ def _always_bytes(request: MemoryRequest) -> int:
     trained = request.trainable_parameters * trained_dtype_bytes(request)
     if request.strategy == "ddp" and request.num_processes > 1:
         buffers += trained
-    if request.strategy in ("zero1", "zero2"):
-        buffers += min(trained, _ZERO_BUCKET_ELEMENTS * request.compute_dtype_bytes)
+    if request.strategy.startswith("zero"):
+        buffers += shape.hidden_size**2 * request.compute_dtype_bytes  # the bucket that transformers chooses for `auto`
     return buffers
 
 
@@ -168,11 +164,13 @@ def _gathered_bytes(request: MemoryRequest) -> tuple[int, int, int, int]:
 
     FSDP2 gathers into one flat buffer and copies out of it. On the way back a layer is there whole while the next one
     arrives, and with full training the gradients leave through a third such buffer. A head that is the embedding
-    stays whole from the beginning to the end.
+    stays whole from the beginning to the end. ZeRO-3 keeps what it gathered until it has too much.
     """
-    if request.strategy not in ("zero3", "fsdp"):
-        return 0, 0, 0, 0
     shape, c = request.shape, request.compute_dtype_bytes
+    if request.strategy == "zero3":
+        return 0, 0, min(shape.num_parameters, _ZERO3_LIVE_PARAMETERS) * c, 0
+    if request.strategy != "fsdp":
+        return 0, 0, 0, 0
     end, layer = shape.vocab_size * shape.hidden_size * c, shape.layer_parameters * c
     return (end, 0, end, layer) if shape.tie_word_embeddings else (end, end, 0, layer)
 
@@ -180,12 +178,15 @@ def _gathered_bytes(request: MemoryRequest) -> tuple[int, int, int, int]:
 def _update_bytes(request: MemoryRequest) -> int:
     """What AdamW needs while it steps: on cards torch takes the square root of all second moments at once.
 
-    On a CPU it goes tensor by tensor, and has two values of the largest. The 8-bit optimizers need nothing beside.
+    On a CPU it goes tensor by tensor, and has two values of the largest (DeepSpeed's is the whole share of a rank, and
+    its gradients are copied to fp32). The 8-bit optimizers need nothing beside.
     """
-    if request.optimizer != "adamw" or request.strategy.startswith("zero"):
+    if request.optimizer != "adamw" or request.offload != "none":
         return 0
     shape = request.shape
-    if request.kind == "cuda":
-        return 4 * request.trainable_parameters // request.shards
+    if request.kind == "cuda" or request.strategy.startswith("zero"):
+        copied = request.strategy.startswith("zero") and request.compute_dtype_bytes < 4
+        values = (1 if request.kind == "cuda" else 2) + copied
+        return 4 * values * request.trainable_parameters // request.shards
     largest = max(shape.embedding_parameters, *(i * o for i, o in shape.linears.values())) if request.full else 0
     return 2 * 4 * largest // request.shards

@@ -154,6 +154,8 @@ def _inputs(request: MemoryRequest) -> int:
         is_attention_output = key[1] and not block.startswith("mlp")
         kept += in_features * (0 if is_attention_output and (request.full or shared) else value_bytes)
         kept += in_features * _DROPOUT_MASK_BYTES[request.kind] if dropout else 0
+    if request.strategy == "zero3" and not request.full:
+        kept += (2 * shape.hidden_size + shape.mlp_width) * value_bytes  # DeepSpeed's linear layer keeps any input
     return kept
 
 

@@ -50,11 +50,11 @@ def gradients_bytes(request: MemoryRequest) -> int:
 
 
 def optimizer_bytes(request: MemoryRequest) -> int:
-    """The optimizer's state; DeepSpeed adds an fp32 copy of what is trained in half precision."""
+    """The optimizer's state; DeepSpeed steps on an fp32 copy of what is trained, whatever its precision."""
     if request.offload != "none":
         return 0
     per_parameter = _OPTIMIZER_BYTES[request.optimizer]
-    if request.strategy.startswith("zero") and request.compute_dtype_bytes == 2:
+    if request.strategy.startswith("zero"):
         per_parameter += 4
     return round(request.trainable_parameters * per_parameter) // request.shards
 

@@ -89,6 +89,10 @@ def _connect(plan: Plan, torch: Any) -> None:
             f"this one was started as one of {world_size}",
             "start the run with: launch RECIPE",
         )
+    if world_size == 1 and plan.deepspeed is None:
+        # accelerate wraps even a single rank of torchrun into DDP, which keeps all gradients a second time.
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
     if world_size > 1:
         torch.distributed.init_process_group("nccl" if plan.kind == "cuda" else "gloo")
     if plan.deepspeed is not None:

@@ -121,6 +121,8 @@ def prove(plan: Plan, model: torch.nn.Module, wrapped: Any) -> None:
     found: str | None = None
     if plan.strategy == "ddp" and not isinstance(wrapped, DistributedDataParallel):
         found = "the ranks train copies that do not know of each other"
+    elif plan.strategy == "single" and isinstance(wrapped, DistributedDataParallel):
+        found = "the one rank is wrapped into DDP, which keeps all gradients twice"
     elif plan.strategy == "fsdp":
         found = next(filter(None, (_whats_wrong(*named, plan) for named in model.named_parameters())), None)
     elif plan.strategy.startswith("zero"):
