@@ -112,23 +112,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Hold the planner's memory against the oracle and against real ranks.")
     parser.add_argument("parts", nargs="*", choices=[*GOALS, []], help="which comparisons (default: both)")
     parser.add_argument("--models", nargs="*", help="only models of which the name begins so")
+    parser.add_argument("--ways", nargs="*", help="only ways of which the name begins so")
     parser.add_argument("--out", type=Path, help="write the page here instead of printing it")
     options = parser.parse_args()
     page = Page("Honesty of the memory plan", "How far is the memory of a plan from what training keeps?")
     if "real-size" in (options.parts or GOALS):
-        real_size(page, options.models)
+        real_size(page, options.models, options.ways)
     if "ranks" in (options.parts or GOALS):
         ranks(page)
     page.finish(options.out)
 
 
-def real_size(page: Page, chosen: list[str] | None) -> None:
+def real_size(page: Page, chosen: list[str] | None, ways: list[str] | None) -> None:
     """Every model in every way, on tensors without data."""
     cases = [
         (f"{name}, {what}", recipe_of(config, way), way[5])
         for name, config in models().items()
         if not chosen or name.startswith(tuple(chosen))
         for what, way in WAYS.items()
+        if not ways or what.startswith(tuple(ways))
     ]
     rows, ratios, failed = [], [], []
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:

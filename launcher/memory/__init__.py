@@ -87,18 +87,20 @@ def _moments(request: MemoryRequest) -> Iterator[_Moment]:
     # The first layers are gathered; the head is gathered; the loss is there; the backward pass begins.
     yield 0, 0, always + 2 * embedding + (2 if held else 1) * layer, before
     yield activations, 0, always + casts + held + 2 * head + layer, before
-    yield activations, values * (c + 8 if c < 4 else 8), always + casts + held + 2 * head, before
+    yield activations, values * (c + 8 if c < 4 else 8), always + casts + held + (2 * head or layer), before
     yield activations, values * 12, always + (head_cast if again else casts) + held + head, before
     # The last layer goes backward; the one before it is gathered, while gradients leave.
     below = layers - layers // shape.num_layers
     always_back = always + held + (layer_casts if again else casts - head_cast)
+    always_back += embedding if held and request.full else 0  # the gradient of a tied head waits for the embedding's
+    passing_layers = (3 if request.full else 2) * layer
     headed = max(before, _gradient_share(request, shape.head_parameters))
-    yield layers + again + passing, 0, always_back + 2 * layer, headed
+    yield layers + again + passing, 0, always_back + passing_layers, headed
     yield below, 0, always_back + (4 if request.full else 3) * layer, headed
     # The first layer goes backward: what the others kept is gone, their gradients are there. Then the embedding.
     first = request.num_tokens * shape.hidden_size * request.stream_bytes
     missing = _gradient_share(request, shape.layer_parameters + shape.embedding_parameters)
-    yield first + kept + passing, 0, always_back + 2 * layer, max(before, gradients - missing)
+    yield first + kept + passing, 0, always_back + passing_layers, max(before, gradients - missing)
     yield 0, 0, always + held + (2 * embedding if request.full else 0) + layer, gradients
     # The optimizer steps. ZeRO-1 has dropped the gradients of other ranks' parameters by then.
     yield 0, 0, always + _update_bytes(request), gradients // (request.shards if request.strategy == "zero1" else 1)
@@ -148,7 +150,7 @@ def _casts_bytes(request: MemoryRequest) -> tuple[int, int, int]:
     They live until the forward pass ends, and on where the backward pass needs them; checkpointing makes a layer's anew.
     """
     shape, c = request.shape, request.compute_dtype_bytes
-    if c == 4:
+    if c == 4 or request.hands_over:
         return 0, 0, 0
     if not request.full:
         return request.trainable_parameters * c, 0, request.trainable_parameters * c // shape.num_layers

@@ -33,7 +33,7 @@ def passing_bytes(request: MemoryRequest) -> int:
     shape, c = request.shape, request.compute_dtype_bytes
     width, stream = shape.mlp_width * c, shape.hidden_size * request.stream_bytes
     fullest = [3 * width + stream - (width if request.full else 0)]
-    if not request.full and c < ADAPTER_DTYPE_BYTES:
+    if not request.full and c < ADAPTER_DTYPE_BYTES and not request.hands_over:
         adapter = request.adapter or Adapter()
         wanted = adapted_in_a_layer(shape, adapter)
         widest = max((size for name, (size, _) in shape.linears.items() if name in wanted), default=0)
@@ -140,7 +140,7 @@ def _inputs(request: MemoryRequest) -> int:
     else:
         adapter = request.adapter or Adapter()
         wanted, dropout = adapted_in_a_layer(shape, adapter), adapter.dropout > 0
-        shared = not dropout and value_bytes == ADAPTER_DTYPE_BYTES
+        shared = not dropout and (value_bytes == ADAPTER_DTYPE_BYTES or request.hands_over)
     kept = 0
     seen = set()
     last = {name.rpartition(".")[0]: name for name in shape.linears}  # attention's and MLP's own output projection

@@ -51,12 +51,13 @@ class MemoryRequest(BaseModel):
 
     @property
     def autocast(self) -> bool:
-        """Whether fp32 weights are computed with in half precision: single, DDP and device maps leave that to autocast.
+        """Whether fp32 weights are computed with in half precision: single, DDP and device maps leave that to autocast."""
+        return self.compute_dtype_bytes < self.weights_dtype_bytes and not self.hands_over
 
-        FSDP and DeepSpeed hand the layers weights of half precision instead.
-        """
-        half = self.compute_dtype_bytes < self.weights_dtype_bytes
-        return half and self.strategy in ("single", "ddp", "device_map")
+    @property
+    def hands_over(self) -> bool:
+        """Whether the layers, adapters too, are handed their weights in the compute dtype, and nothing casts a copy."""
+        return self.strategy not in ("single", "ddp", "device_map")
 
     @property
     def stream_bytes(self) -> int:
