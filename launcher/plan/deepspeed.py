@@ -58,6 +58,18 @@ def generated(plan: Plan) -> Json:
     }
 
 
+def _buckets(plan: Plan) -> Json:
+    """How much travels at once: what transformers sets for `auto`, by the width of the model, and what memory is planned with."""
+    width = plan.shape.hidden_size
+    sizes = {"reduce_bucket_size": width * width}
+    if plan.strategy == "zero3":
+        sizes |= {
+            "stage3_prefetch_bucket_size": 9 * width * width // 10,
+            "stage3_param_persistence_threshold": 10 * width,
+        }
+    return sizes
+
+
 def deepspeed_json(plan: Plan, given: Json | None) -> Json:
     """The JSON that the ranks read.
 
@@ -67,9 +79,9 @@ def deepspeed_json(plan: Plan, given: Json | None) -> Json:
     Raises:
         RecipeError: it contradicts recipe or plan; every contradiction with both values.
     """
-    ours = generated(plan)
+    ours, sizes = generated(plan), {"zero_optimization": _buckets(plan)}
     if given is None:
-        return ours
+        return _merged(sizes, ours)
     problems = [
         Problem(KEY, f"sets {name}, which a recipe sets by {', '.join(keys)}. Remove it from the file")
         for name, keys in _TRAIN.items()
@@ -82,7 +94,7 @@ def deepspeed_json(plan: Plan, given: Json | None) -> Json:
             problems.append(Problem(KEY, f'{found}. Change one of them, or write "auto" in the file'))
     if problems:
         raise RecipeError(problems)
-    return _merged(given, ours)
+    return _merged(_merged(sizes, given), ours)
 
 
 def read_given(path: str) -> Json:
