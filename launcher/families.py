@@ -266,7 +266,10 @@ def family_of(config: Mapping[str, Any]) -> Family:
 
 def _by_class(config: Mapping[str, Any]) -> str:
     """The family that a class of auto_map belongs to; `unknown` where it names none, or another one."""
-    references = (config.get("auto_map") or {}).values()
+    auto_map = config.get("auto_map")
+    references = (
+        auto_map.values() if isinstance(auto_map, Mapping) else ()
+    )  # what else it is, is refused where it is read
     classes = {str(reference).rpartition(".")[2] for reference in references}
     found = (name for name in family_names() if classes.intersection(family(name).classes))
     return next(found, "unknown") if classes else "unknown"

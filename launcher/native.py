@@ -189,7 +189,7 @@ def _baichuan(source: _Source, native: Native) -> tuple[Native, dict[str, Any]]:
     values = _llama(source)
     # The class of the first is written with a capital C.
     second = "z_loss_weight" in source.config or source.get("vocab_size") == 125696
-    if not second and not source.reasons and "BaiChuanForCausalLM" not in source.get("architectures", []):
+    if not second and not source.reasons and "BaiChuanForCausalLM" not in str(source.get("architectures", "")):
         source.reasons.append("nothing in its config (architectures, z_loss_weight) tells Baichuan from Baichuan2")
     if not second:
         return native, values

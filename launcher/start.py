@@ -83,7 +83,7 @@ def plan_recipe(asked: Asked, name: str | None = None) -> tuple[LoadedRecipe, Pl
         shape = shape_of(loaded.recipe.model, loaded.document.folder)
         model, code = loaded.recipe.model, None
         if shape.native is None:  # nothing of the code of a converted model is executed
-            model, code = planned_code(model, loaded.document.folder, path, shape.remote_code)
+            model, code = planned_code(model, loaded.document.folder, path, shape.remote_code, shape.not_native)
         resolved = loaded.recipe.model_copy(update={"model": model})
         given = loaded.recipe.strategy.deepspeed
         deepspeed = read_given(given) if given is not None else None

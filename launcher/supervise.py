@@ -232,8 +232,12 @@ class Supervisor:
         if code:
             lines_of_log = "\n".join(f"    {line}" for line in last_lines(log, 6))
             raise PreflightError("prepare", f"ended with {code}; its last words:\n{lines_of_log}", f"see {log}")
+        prepared = read_json(self.run.prepared)
+        if prepared is None:  # code of the model's own can end a process as if all were well
+            found = "ended before it was done, and without a word"
+            raise PreflightError("prepare", found, f"see {log}; look at the model's own code: launch trust RECIPE")
         self._check_resume()
-        self._say({"event": "prepared", **(read_json(self.run.prepared) or {}), "seconds": self.seconds["prepare"]})
+        self._say({"event": "prepared", **prepared, "seconds": self.seconds["prepare"]})
 
     def _check_resume(self) -> None:
         """Whether the checkpoint to go on from fits the rows that were prepared, and has anything left to do.

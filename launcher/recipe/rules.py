@@ -170,6 +170,10 @@ def _questions(recipe: Recipe) -> Iterator[Problem]:
     questions, strategy = recipe.data.questions, recipe.strategy
     if not all(question.strip() for question in questions):
         yield Problem("data.questions", "holds an empty one. Write a question, or remove it")
+    if any(_is_broken(question) for question in questions):
+        yield Problem(
+            "data.questions", "holds half a character (a surrogate), which is no text. Write the character itself"
+        )
     pipelined = strategy.type == "device_map" and strategy.schedule == "pipelined"
     if questions and (strategy.type in ("zero3", "fsdp") or pipelined):
         yield Problem(
@@ -177,6 +181,11 @@ def _questions(recipe: Recipe) -> Iterator[Problem]:
             f"under {strategy.type} no rank holds the whole model, so none can answer while it trains. Remove them, and ask "
             "afterwards: launch chat RUN",
         )
+
+
+def _is_broken(text: str) -> bool:
+    """Whether a text cannot be written as UTF-8."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 # Each rule, and the sections that it reads.

@@ -5,10 +5,13 @@ Read `finding` (auto_map -> files), `review` (what deserves a look), `pinning` (
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import PreflightError, Problem, RecipeError
+from launcher.native import NativeConfig, native_config
 from launcher.recipe.schema import Model
 from launcher.remotecode.finding import CodeFile, RemoteCode, code_folder, find_code, read_code
 from launcher.remotecode.pinning import check_pin, diff, read_lock, trusted_sources, write_lock
@@ -30,7 +33,9 @@ __all__ = [
 ]
 
 
-def planned_code(model: Model, base_dir: Path, recipe: Path, needed: bool = False) -> tuple[Model, RemoteCode | None]:
+def planned_code(
+    model: Model, base_dir: Path, recipe: Path, needed: bool = False, because: Sequence[str] = ()
+) -> tuple[Model, RemoteCode | None]:
     """The code that a run of this model will execute, and the model section with its digest, so that a resume is held to it too.
 
     None for a model that brings none or may not use it, and where its files have not been fetched.
@@ -38,6 +43,7 @@ def planned_code(model: Model, base_dir: Path, recipe: Path, needed: bool = Fals
     Args:
         recipe: whose lock file counts.
         needed: whether transformers cannot build the model without it.
+        because: why a class of transformers cannot compute it instead.
 
     Raises:
         RecipeError: it is needed, it is here, and the recipe does not allow it.
@@ -46,8 +52,9 @@ def planned_code(model: Model, base_dir: Path, recipe: Path, needed: bool = Fals
     folder = code_folder(model, base_dir)
     if not model.trust_remote_code:
         if needed and folder is not None:
+            reasons = f"{'; '.join(because)}. " if because else ""
             message = (
-                f"the code of {model.path} is not part of transformers and comes with the weights. "
+                f"the code of {model.path} is not part of transformers and comes with the weights. {reasons}"
                 f"Look at it: launch trust {recipe}. If you trust it: model.trust_remote_code=true"
             )
             raise RecipeError([Problem("model.trust_remote_code", message)])
@@ -70,6 +77,7 @@ class Trusted:
     Args:
         changes: how the code differs from what was trusted before; empty where that is the same or nothing was.
         asked_for: whether the recipe allows the code to be executed.
+        converted: the transformers class that is used instead, where there is one: then none of it is executed.
     """
 
     code: RemoteCode
@@ -77,6 +85,7 @@ class Trusted:
     changes: list[str]
     lock: Path
     asked_for: bool
+    converted: str | None = None
 
 
 def trust_code(model: Model, base_dir: Path, recipe: Path) -> Trusted:
@@ -102,7 +111,9 @@ def trust_code(model: Model, base_dir: Path, recipe: Path) -> Trusted:
     changes = diff(old, sources) if old is not None else []
     lock = write_lock(recipe, str(model.path), code, sources)
     pinned = code.model_copy(update={"pinned_by": lock.name})
-    return Trusted(pinned, remarks(sources), changes, lock, model.trust_remote_code)
+    native = native_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    converted = native.native.target if isinstance(native, NativeConfig) else None
+    return Trusted(pinned, remarks(sources), changes, lock, model.trust_remote_code, converted)
 
 
 def checked_code(model: Model, folder: Path, recipe: Path | None = None) -> RemoteCode | None:
@@ -119,6 +130,9 @@ def checked_code(model: Model, folder: Path, recipe: Path | None = None) -> Remo
     missing = missing_packages(sources)
     if missing:
         file, line, package = missing[0]
+        if (folder / f"{package}.py").is_file():  # never advise to install a stranger's package of that name
+            found = f"{file}:{line} imports {package} as if it were installed; it lies beside it"
+            raise PreflightError(f"model.path: {model.path}", found, f"write in {file}: from .{package} import …")
         found = f"{file}:{line} imports {package}, which is not installed"
         raise PreflightError(f"model.path: {model.path}", found, f"pip install {package}")
     return code

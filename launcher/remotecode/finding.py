@@ -143,9 +143,12 @@ def tree(name: str, source: bytes) -> ast.Module:
     """The syntax tree of a file.
 
     Raises:
-        SyntaxError, ValueError: it is no Python.
+        SyntaxError, ValueError: it is no Python, or more deeply nested than can be looked at.
     """
-    return ast.parse(source, filename=name)
+    try:
+        return ast.parse(source, filename=name)
+    except (RecursionError, MemoryError):
+        raise ValueError("it is nested too deeply to be looked at") from None
 
 
 def relative_imports(name: str, module: ast.Module, files: Any) -> Iterator[Import]:
@@ -196,9 +199,10 @@ def _targets(name: str, node: ast.ImportFrom, needed: bool, files: Any) -> Itera
         inner = "/".join([*base, alias.name])
         reached += [each for each in (f"{inner}.py", f"{inner}/__init__.py") if each in files]
     own = "/".join([*base, "__init__.py"])
-    if not reached:
-        # Nothing is there: the likeliest place is what the message names.
-        reached = [module if base else f"{node.names[0].name}.py"]
+    there = module in reached or own in files or len(reached) > sum(package in files for package in packages)
+    if not there:
+        # Packages above it do not make up for the module: the likeliest place is what the message names.
+        reached.append(module if base else f"{node.names[0].name}.py")
     yield from (Import(node.lineno, each, needed) for each in reached if each != name or own == name)
 
 
@@ -293,7 +297,10 @@ def _follow(folder: Path, name: str, why: str, sources: dict[str, bytes]) -> Non
 def _read(folder: Path, name: str, why: str) -> bytes:
     path = folder / name
     if path.is_symlink() or path.exists():
-        real = path.resolve()
+        try:
+            real = path.resolve()
+        except (OSError, RuntimeError):  # before 3.13 a loop of links is a RuntimeError
+            raise _refused(folder, f"{name} is a link to itself", "copy the file again") from None
         # A snapshot of the hub's cache is made of links into the blobs beside it.
         allowed = [folder.resolve()] + (
             [folder.resolve().parent.parent / "blobs"] if folder.parent.name == "snapshots" else []
@@ -304,6 +311,8 @@ def _read(folder: Path, name: str, why: str) -> bytes:
                 f"{name} is a link to {real}, outside of the folder",
                 f"put the file itself there: cp --remove-destination {real} {path}",
             )
+    if path.exists() and not path.is_file():  # a pipe would be waited for, a folder cannot be read
+        raise _refused(folder, f"{name} is no file", "put the file itself there")
     try:
         return path.read_bytes()
     except FileNotFoundError:

@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +19,7 @@ from pydantic import ValidationError
 from launcher.errors import PreflightError, UsageError
 from launcher.recipe.schema import Model
 from launcher.remotecode.finding import RemoteCode, describe, digest
-from launcher.rundir import write_atomic, write_json
+from launcher.rundir import cache_folder, write_atomic, write_json
 
 _LONGEST_DIFF = 60
 
@@ -39,12 +41,16 @@ def read_lock(recipe: Path) -> RemoteCode | None:
         PreflightError: the lock cannot be read.
     """
     file = lock_file(recipe)
-    if not file.is_file():
+    if not os.path.lexists(file):
         return None
     try:
         return RemoteCode.model_validate(json.loads(file.read_text(encoding="utf-8"))["code"])
     except (OSError, ValueError, KeyError, TypeError, ValidationError):
-        raise PreflightError(f"lock file {file}", "cannot be read", "write it again: launch trust RECIPE") from None
+        raise PreflightError(
+            f"lock file {file}",
+            "cannot be read",
+            f"remove it, look again and pin again: rm -r {file}; launch trust {recipe}",
+        ) from None
 
 
 def write_lock(recipe: Path, model: str, code: RemoteCode, sources: Mapping[str, bytes]) -> Path:
@@ -81,9 +87,14 @@ def check_pin(model: Model, code: RemoteCode, sources: Mapping[str, bytes], reci
     lock = read_lock(recipe) if recipe is not None else None
     pin = model.code_sha256 or (lock.sha256 if lock is not None else None)
     by = "model.code_sha256" if model.code_sha256 else lock_file(recipe).name if recipe is not None else ""
+    if model.code_sha256 == code.sha256:
+        _remember(code.sha256, sources)
+    if lock is not None and lock.sha256 == code.sha256 and lock.classes != code.classes:
+        found = f"auto_map names other classes than when it was trusted: {_named(code)}, was {_named(lock)}"
+        raise PreflightError(f"{lock_file(recipe).name if recipe else by}", found, f"look again: launch trust {recipe}")
     if pin is None or pin == code.sha256:
         return code.model_copy(update={"pinned_by": by if pin else ""})
-    changes = _changes(lock, pin, sources, recipe) if recipe is not None else []
+    changes = _changes(lock, pin, sources, recipe)
     more = [f"… {len(changes) - _LONGEST_DIFF} lines more"] if len(changes) > _LONGEST_DIFF else []
     shown = "".join(f"\n    {line}" for line in [*changes[:_LONGEST_DIFF], *more])
     again = f"model.code_sha256={code.sha256}" if model.code_sha256 else f"launch trust {recipe}"
@@ -94,9 +105,26 @@ def check_pin(model: Model, code: RemoteCode, sources: Mapping[str, bytes], reci
     )
 
 
-def trusted_sources(recipe: Path, pin: str) -> dict[str, bytes] | None:
-    """The text that has this digest, from beside the recipe or from the run that the recipe lies in; None where it is gone."""
-    for folder in (trusted_folder(recipe), recipe.parent / "code" / pin[:16]):
+def _remember(pin: str, sources: Mapping[str, bytes]) -> None:
+    """Keep a text that a digest in a recipe pins, for the diff once it has changed: no file beside the recipe holds it."""
+    folder = cache_folder() / "trusted" / pin
+    if folder.is_dir():
+        return
+    with contextlib.suppress(OSError):  # a convenience: without it the refusal is the same, only shorter
+        for name, source in sources.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(source)
+
+
+def _named(code: RemoteCode) -> str:
+    return ", ".join(sorted(code.classes.values()))
+
+
+def trusted_sources(recipe: Path | None, pin: str) -> dict[str, bytes] | None:
+    """The text that has this digest: from beside the recipe, the run that the recipe lies in, or the cache; None where it is gone."""
+    beside = [] if recipe is None else [trusted_folder(recipe), recipe.parent / "code" / pin[:16]]
+    for folder in (*beside, cache_folder() / "trusted" / pin):
         sources = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.py"))}
         if digest(describe(sources)) == pin:
             return sources
@@ -112,13 +140,13 @@ def diff(old: Mapping[str, bytes], new: Mapping[str, bytes]) -> list[str]:
     return lines
 
 
-def _changes(lock: RemoteCode | None, pin: str, sources: Mapping[str, bytes], recipe: Path) -> list[str]:
+def _changes(lock: RemoteCode | None, pin: str, sources: Mapping[str, bytes], recipe: Path | None) -> list[str]:
     """What is other than when it was trusted: a diff where the old text is known, else the names of files."""
     old = trusted_sources(recipe, pin)
     if old is not None:
         return diff(old, sources)
-    if lock is None or lock.sha256 != pin:
-        return []
+    if lock is None or recipe is None or lock.sha256 != pin:
+        return ["(no copy of the trusted text is here to compare with)"]
     before = {file.name: file.sha256 for file in lock.files}
     now = {file.name: file.sha256 for file in describe(sources)}
     names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]

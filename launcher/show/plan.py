@@ -73,17 +73,21 @@ def show_plan(screen: Console, plan: Plan) -> None:
         show_code(screen, plan.code)
 
 
-def show_code(screen: Console, code: RemoteCode) -> None:
+def show_code(screen: Console, code: RemoteCode, executed: bool = True) -> None:
     """The model's own files that are executed, each with its checksum."""
     pinned = f"pinned by {code.pinned_by}" if code.pinned_by else "nothing pins it: launch trust RECIPE"
-    line(screen, "code", f"comes with the model and is executed; sha256 {code.sha256}, {pinned}")
+    line(
+        screen, "code", f"comes with the model{' and is executed' if executed else ''}; sha256 {code.sha256}, {pinned}"
+    )
     for file in code.files:
         line(screen, "", f"{file.sha256}  {file.name}, {file.num_bytes:,} bytes")
 
 
 def show_trust(screen: Console, trusted: Trusted) -> None:
     """What was pinned, what deserves a look in it, and what changed since it was pinned before."""
-    show_code(screen, trusted.code)
+    if trusted.converted is not None:
+        line(screen, "converted", f"the model is trained as {trusted.converted}: none of the files below is executed")
+    show_code(screen, trusted.code, executed=trusted.converted is None)
     found = trusted.remarks
     for place, remark in enumerate(found):
         line(screen, "look at" if place == 0 else "", f"{remark.file}:{remark.line}  {remark.what}: {remark.why}")
@@ -96,7 +100,7 @@ def show_trust(screen: Console, trusted: Trusted) -> None:
     for place, text in enumerate(trusted.changes):
         line(screen, "changed" if place == 0 else "", text)
     line(screen, "lock", f"wrote {as_typed(str(trusted.lock.resolve()))}; other code is refused from now on")
-    if not trusted.asked_for:
+    if not trusted.asked_for and trusted.converted is None:
         line(
             screen, "", "the recipe does not allow it to be executed yet; if you trust it: model.trust_remote_code=true"
         )

@@ -62,6 +62,8 @@ def try_small(plan: Plan, model_dir: Path, batch: Batch, staged: Staged) -> dict
             wanted = _logits(reference, batch)
             if not wanted.isfinite().all():
                 raise ValueError("its logits are no numbers")
+        except PreflightError:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever a model's own code thinks of being small
             print(f"no small copy of {plan.shape.name} could be tried: {type(error).__name__}: {error}", flush=True)
             return _left_empty(model_dir, staged)
@@ -192,8 +194,18 @@ def _reference(model_dir: Path, small: Path, staged: Staged) -> Any:
 
 
 def _logits(model: Any, batch: Batch) -> torch.Tensor:
+    """Logits of a batch.
+
+    Raises:
+        PreflightError: forward returns something that has none by name, which no Trainer can use.
+    """
     with torch.no_grad():
-        logits: torch.Tensor = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+        output = model(**{name: value for name, value in batch.items() if name != "labels"})
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, torch.Tensor):
+        found = f"forward of {type(model).__name__} returns a {type(output).__name__} without `logits`"
+        to_type = "let it return a transformers ModelOutput, such as CausalLMOutputWithPast(logits=…)"
+        raise PreflightError("the model's own code", found, to_type)
     return logits
 
 

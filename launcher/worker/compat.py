@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from launcher.compat import FIXES
 from launcher.worker.data.tokens import IGNORED
 
+BUILT_FIRST = "built-first"  # found by trial: see staged.load_weights
 _MARK = "_launch_fixes"  # which fixes a class has already
 
 
@@ -165,7 +166,7 @@ _APPLY: dict[str, dict[str, Callable[[Any], None]]] = {
     "own-positions": {"model": _own_positions},
     "checkpointing-flag": {"config": _checkpointing_flag},
     "token-loss": {"model": _token_loss},
-    "built-first": {},  # see staged.load_weights
+    BUILT_FIRST: {},
 }
 
 

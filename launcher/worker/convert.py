@@ -227,14 +227,31 @@ def read_shard(shard: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 for key in file.keys():  # noqa: SIM118 (no mapping, it has keys() only)
                     yield key, file.get_tensor(key)
         else:
-            yield from torch.load(shard, map_location="cpu", weights_only=True, mmap=True).items()
+            yield from _unpickled(shard).items()
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        if named is not None:  # torch refuses every name that a pickle asks for and that is no tensor's
+            raise PreflightError(
+                f"weights {shard}",
+                f"hold more than tensors: reading them would call {named[1]}, and was refused",
+                "do not load them otherwise; take safetensors, or these weights from somebody you trust",
+            ) from None
         raise PreflightError(
             f"weights {shard}",
             f"cannot be read as plain tensors: {reason}",
             f"copy or download {shard.name} again, or save it as safetensors",
         ) from None
+
+
+def _unpickled(shard: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a pickle, mapped from the file; files of before torch 1.6 are no archives and are read whole."""
+    import zipfile
+
+    found = torch.load(shard, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(shard))
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds a {type(found).__name__} and no tensors by name")
+    return found
 
 
 def _converted(key: str, tensor: torch.Tensor, found: NativeConfig, name: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -22,6 +22,7 @@ import torch
 from launcher.errors import PreflightError
 from launcher.remotecode import RemoteCode, Staged, find_code, read_code, stage
 from launcher.rundir import RunDir, read_json, write_json
+from launcher.worker.compat import BUILT_FIRST
 from launcher.worker.loading import Trained, load_trained
 from launcher.worker.original import (
     WEIGHTS,
@@ -86,7 +87,7 @@ def export(run: RunDir, options: Any) -> None:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     print(
-        f"verified     loads in a fresh process and gives the same logits\ndone         {out}  {num_bytes / 2**20:,.1f} MiB"
+        f"verified     launch loads it in a fresh process and gets the same logits\ndone         {out}  {num_bytes / 2**20:,.1f} MiB"
     )
 
 
@@ -186,11 +187,11 @@ def verify(folder: Path, probe: Path, options: Any) -> int:
         return 1
     if code is not None:
         del model
-        print(_without_launch(folder, code, kept))
+        print(_without_launch(folder, code, kept, fixes))
     return 0
 
 
-def _without_launch(folder: Path, code: RemoteCode, kept: dict[str, torch.Tensor]) -> str:
+def _without_launch(folder: Path, code: RemoteCode, kept: dict[str, torch.Tensor], fixes: tuple[str, ...]) -> str:
     """Whether `from_pretrained(folder, trust_remote_code=True)` alone gives the same, in a line. Some code only launch can load."""
     import transformers
 
@@ -204,9 +205,10 @@ def _without_launch(folder: Path, code: RemoteCode, kept: dict[str, torch.Tensor
     except Exception as error:  # noqa: BLE001 - whatever somebody's code and transformers make of each other
         problem = f"{type(error).__name__}: {first_line(error)}"
     if problem:
-        return (
-            f"{_ABOUT_CODE}copied; transformers alone does not load it as it is written, launch does ({problem[:300]})"
-        )
+        why = problem.replace(f"{folder}/", "")[:300]
+        if BUILT_FIRST in fixes:
+            why = "it makes tables that no file holds, and from_pretrained of transformers 5 leaves them uninitialised"
+        return f"{_ABOUT_CODE}copied. launch loads it right, transformers alone does not: {why}"
     return f"{_ABOUT_CODE}copied; from_pretrained(…, trust_remote_code=True) gives the same logits too"
 
 

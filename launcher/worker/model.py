@@ -42,6 +42,12 @@ def load_model(
         options["device"] = device
     try:
         model, left = load_weights(model_dir, code, output_loading_info=True, **options)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        found = "some tensors have other shapes than its config says; the rank's log lists them"
+        to_type = f"check that config.json and the weights in {model_dir} belong together"
+        raise PreflightError(f"model {plan.shape.name}", found, to_type) from error
     except (OSError, ValueError, ImportError, KeyError, SafetensorError, UnpicklingError) as error:
         raise PreflightError(
             f"model {plan.shape.name}",

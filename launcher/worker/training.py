@@ -308,6 +308,14 @@ class FirstStepCheck(TrainerCallback):
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(loss):
             found = f"the loss is {loss} at step {state.global_step}"
+            frozen = ((name, p) for name, p in self.trainer.model.named_parameters() if not p.requires_grad)
+            broken = next((name for name, p in frozen if p.is_floating_point() and not p.isfinite().all()), None)
+            if broken is not None:
+                raise NoGradientError(
+                    f"model {self.trainer.plan.shape.name}",
+                    f"{broken} holds values that are no numbers",
+                    "copy its weights again",
+                )
             lr = self.trainer.plan.recipe.train.lr
             raise NoGradientError(
                 f"train.lr: {lr:g}", found, f"learn more slowly: launch resume RUN train.lr={lr / 10:g}"
