@@ -23,6 +23,11 @@ from tests.worker.remote_models import write_model
 FILES = ["configuration_tiny.py", "layers_tiny.py", "modeling_tiny.py", "text_tiny.py", "tokenization_tiny.py"]
 
 
+@pytest.fixture(autouse=True)
+def _a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAUNCH_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write_model(tmp_path / "model", weights=False)
@@ -143,6 +148,35 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "text_tiny.py:1 imports from outside of the folder",
         "put all of the code into one folder",
     ),
+    "a module missing from its package": (
+        lambda folder: (
+            (folder / "parts").mkdir(),
+            (folder / "parts" / "__init__.py").write_text(""),
+            (folder / "text_tiny.py").write_text("from .parts.blocks import pieces\n"),
+        ),
+        "there is no parts/blocks.py, and text_tiny.py:1 imports it",
+        "copy the .py files of the original model there",
+    ),
+    "an import without its dot": (
+        lambda folder: (folder / "text_tiny.py").write_text("import layers_tiny\n"),
+        "text_tiny.py:1 imports layers_tiny as if it were installed; it lies beside it",
+        "write in text_tiny.py: from .layers_tiny import",
+    ),
+    "nested without end": (
+        lambda folder: (folder / "text_tiny.py").write_text("x = a" + ".b" * 100_000),
+        "text_tiny.py is no Python: it is nested too deeply to be looked at",
+        "mend text_tiny.py, or copy it again",
+    ),
+    "a link to itself": (
+        lambda folder: ((folder / "text_tiny.py").unlink(), (folder / "text_tiny.py").symlink_to("text_tiny.py")),
+        "text_tiny.py is a link to itself",
+        "copy the file again",
+    ),
+    "a pipe": (
+        lambda folder: ((folder / "text_tiny.py").unlink(), os.mkfifo(folder / "text_tiny.py")),
+        "text_tiny.py is no file",
+        "put the file itself there",
+    ),
     "no class": (
         lambda folder: set_map(folder, AutoModelForCausalLM="modeling_tiny"),
         "names 'modeling_tiny', which is no file.Class",
@@ -246,6 +280,51 @@ def test_a_digest_in_the_recipe_counts_before_the_lock(folder: Path, tmp_path: P
     trust_code(model, Path("/"), recipe)
     with pytest.raises(PreflightError, match=r"model.code_sha256: 000000000000…"):
         planned_code(model, Path("/"), recipe)
+
+
+def test_a_digest_alone_shows_the_diff_too_once_its_text_was_seen(folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "my.yaml"
+    code = find_code(folder)
+    assert code is not None
+    model = Model(path=str(folder), trust_remote_code=True, code_sha256=code.sha256)
+    planned_code(model, Path("/"), recipe)
+    (folder / "text_tiny.py").write_text("def pieces(text):\n    return text.split()\n")
+    with pytest.raises(PreflightError) as caught:
+        planned_code(model, Path("/"), recipe)
+    assert "\n    +    return text.split()" in caught.value.found
+    never_seen = model.model_copy(update={"code_sha256": "0" * 64})
+    with pytest.raises(PreflightError, match="no copy of the trusted text is here"):
+        planned_code(never_seen, Path("/"), recipe)
+
+
+def test_a_pin_covers_which_classes_are_used(folder: Path, tmp_path: Path) -> None:
+    with (folder / "modeling_tiny.py").open("a") as file:
+        file.write("\n\nclass Other(TinyForCausalLM):\n    pass\n")
+    trust_code(Model(path=str(folder), trust_remote_code=True), Path("/"), tmp_path / "my.yaml")
+    set_map(folder, AutoModelForCausalLM="modeling_tiny.Other")
+    error = refused(folder)
+    assert "auto_map names other classes than when it was trusted" in error.found
+    assert "modeling_tiny.Other" in error.found
+
+
+def test_a_lock_that_cannot_be_read_says_how_to_get_rid_of_it(folder: Path, tmp_path: Path) -> None:
+    lock = tmp_path / "my.lock.json"
+    lock.write_text("{")
+    assert f"rm -r {lock}" in refused(folder).to_type
+    lock.unlink()
+    lock.mkdir()
+    assert "cannot be read" in refused(folder).found
+
+
+def test_why_a_model_is_not_converted_is_said_where_its_code_would_be_needed(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="its config has frobnicate"):
+        planned_code(
+            Model(path=str(folder)),
+            Path("/"),
+            tmp_path / "my.yaml",
+            True,
+            ["its config has frobnicate, which is unknown"],
+        )
 
 
 def test_the_lock_pins_code_that_is_yet_to_be_fetched(

@@ -543,3 +543,27 @@ def test_an_adapter_goes_back_without_the_base(targets: list[str] | str, rslora:
     named = peft.PeftModel.from_pretrained(Named(originals.random_state("chatglm2")), str(tmp_path / "adapter"))
     for name, tensor in named.merge_and_unload().state_dict().items():
         torch.testing.assert_close(tensor, merged[name], msg=name)
+
+
+def test_a_pickle_that_would_call_something_is_named_for_what_it_is(tmp_path: Path) -> None:
+    import os
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.system, ("touch " + str(tmp_path / "called"),)
+
+    originals.write_model(tmp_path / "evil", "chatglm2", originals.random_state("chatglm2"), pickled=True)
+    (shard, *_) = sorted((tmp_path / "evil").glob("*.bin"))
+    torch.save({"transformer.embedding.word_embeddings.weight": Evil()}, shard)
+    with pytest.raises(PreflightError, match=r"hold more than tensors: reading them would call posix\.system"):
+        converted(tmp_path / "evil", tmp_path / "native")
+    assert not (tmp_path / "called").exists()
+
+
+def test_pickles_of_before_the_zip_format_are_read(tmp_path: Path) -> None:
+    state = originals.random_state("chatglm2")
+    originals.write_model(tmp_path / "old", "chatglm2", state, pickled=True)
+    for shard in (tmp_path / "old").glob("*.bin"):
+        torch.save(torch.load(shard, weights_only=True), shard, _use_new_zipfile_serialization=False)
+    model = converted(tmp_path / "old", tmp_path / "native")
+    torch.testing.assert_close(model.model.embed_tokens.weight, state["transformer.embedding.word_embeddings.weight"])
