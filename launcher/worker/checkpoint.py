@@ -147,12 +147,12 @@ def write_optimizer(folder: Path, optimizer: Any, scheduler: Any, model: torch.n
         f"{names[index]}|{key}": local(value).detach().cpu().contiguous()
         for place, index in enumerate(sorted(state))
         if is_sharded or place % num_ranks == rank
-        for key, value in state[index].items()
+        for key, value in _flat(state[index]).items()
         if isinstance(value, torch.Tensor)
     }
     save_file(mine, folder / f"optimizer-rank{rank}.safetensors")
     if rank == 0:
-        rest = {names[i]: {k: v for k, v in values.items() if _is_plain(v)} for i, values in state.items()}
+        rest = {names[i]: {k: v for k, v in _flat(values).items() if _is_plain(v)} for i, values in state.items()}
         left = {"scalars": rest, "parameters": [names[i] for i in sorted(state)], "last_epoch": scheduler.last_epoch}
         (folder / "optimizer.json").write_text(json.dumps(left))
 
@@ -173,7 +173,7 @@ def read_optimizer(folder: Path, optimizer: Any, model: torch.nn.Module) -> int:
                 by_name[name][kind] = placed_like(parameters[name], file.get_tensor(key))
     names = _parameter_names(optimizer, model)
     current = optimizer.state_dict()
-    state = {index: by_name[name] for index, name in names.items() if name in by_name}
+    state = {index: _nested(by_name[name]) for index, name in names.items() if name in by_name}
     optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
     return int(left["last_epoch"])
 
@@ -192,6 +192,35 @@ def _parameter_names(optimizer: Any, model: torch.nn.Module) -> dict[int, str]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return {index: names[id(parameter)] for index, parameter in enumerate(ordered)}
+
+
+def _flat(state: State) -> State:
+    """A parameter's state without the inner dict in which bitsandbytes keeps what is quantised: `inner/name` for its values.
+
+    Raises:
+        TypeError: there is something in it that would not be saved; dropped, a resume would start with other moments.
+    """
+    flat: State = {}
+    for key, value in state.items():
+        flat |= {f"{key}/{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
+    lost = [key for key, value in flat.items() if not (isinstance(value, torch.Tensor) or _is_plain(value))]
+    if lost:
+        raise TypeError(
+            f"the optimizer's state holds {lost[0]}, a {type(flat[lost[0]]).__name__}, which has no place in a checkpoint"
+        )
+    return flat
+
+
+def _nested(flat: State) -> State:
+    """The way back from `_flat`."""
+    state: State = {}
+    for key, value in flat.items():
+        outer, slash, inner = key.partition("/")
+        if slash:
+            state.setdefault(outer, {})[inner] = value
+        else:
+            state[key] = value
+    return state
 
 
 def _is_plain(value: Any) -> bool:

@@ -143,6 +143,24 @@ def test_adalora_takes_ranks_away_and_resumes_exactly(job: Job, tmp_path: Path) 
     assert weights(job, 12).read_bytes() == weights(whole, 12).read_bytes()
 
 
+def test_eight_bit_moments_survive_a_resume(job: Job, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="8-bit optimizers need the extra bitsandbytes")
+    settings = (
+        "adapter.type=full",
+        "train.optimizer=adamw_8bit",
+        "train.max_steps=4",
+        "checkpoint.every_steps=2",
+        "hardware=1xcpu",
+    )
+    whole = Job(job.server, job.recipe, tmp_path / "whole")
+    assert whole.start(*settings) == [0], whole.logs()
+    kept = load_file(whole.run.checkpoints / "step-4" / "optimizer-rank0.safetensors")
+    assert any(name.endswith("/state1") and str(tensor.dtype) == "torch.uint8" for name, tensor in kept.items())
+    copy_until(whole, job, 2)
+    assert job.start(*settings, resume=True) == [0], job.logs()
+    assert job.losses() == {step: whole.losses()[step] for step in (3, 4)}
+
+
 def test_full_training_resumes_exactly_from_sharded_weights(job: Job, tmp_path: Path) -> None:
     settings = ("adapter.type=full", "train.lr=1e-3", "train.max_steps=4", "checkpoint.every_steps=2", "hardware=1xcpu")
     whole = Job(job.server, job.recipe, tmp_path / "whole")
