@@ -57,12 +57,19 @@ def cli() -> None:
     """
 
 
+nproc_option = click.option(
+    "--nproc", type=click.IntRange(min=1), help="Number of processes, where not all devices are wanted."
+)
+overrides_argument = click.argument("overrides", nargs=-1, metavar="[key.path=value]…")
+run_argument = click.argument("run_dir", metavar="RUN")
+
+
 def asks_for_a_plan(verb: Callable[..., None]) -> Callable[..., None]:
     """Give a verb everything that a plan is made from, as one `Asked`."""
 
     @click.argument("recipe", required=False)
-    @click.argument("overrides", nargs=-1, metavar="[key.path=value]…")
-    @click.option("--nproc", type=click.IntRange(min=1), help="Number of processes, where not all devices are wanted.")
+    @overrides_argument
+    @nproc_option
     @click.option(
         "--hostfile", help="Hosts and their slots, in DeepSpeed's format; `hardware` is then what each host has."
     )
@@ -81,13 +88,6 @@ def asks_for_a_plan(verb: Callable[..., None]) -> Callable[..., None]:
         verb(start.asked(recipe, overrides, Where(nproc, hostfile, device_map)), **others)
 
     return asked
-
-
-nproc_option = click.option(
-    "--nproc", type=click.IntRange(min=1), help="Number of processes, where not all devices are wanted."
-)
-overrides_argument = click.argument("overrides", nargs=-1, metavar="[key.path=value]…")
-run_argument = click.argument("run_dir", metavar="RUN")
 
 
 @cli.command()

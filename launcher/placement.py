@@ -192,25 +192,20 @@ class _Search:
 
     def _fit(self, device: int, after_it: int, is_first: bool, recompute: bool) -> int:
         """The most layers of which it has room; -1 where there is none even for its ends."""
-        room = self.places[device].budget_bytes - self._memory(0, after_it, is_first, recompute)
-        if room < 0:
-            return -1
-        return min(self.layers.num, room // max(1, self._memory(1, after_it, is_first, recompute, alone=True)))
+        once, each = self._memory(after_it, is_first, recompute)
+        room = self.places[device].budget_bytes - once
+        return min(self.layers.num, room // max(1, each)) if room >= 0 else -1
 
-    def _memory(self, num: int, after_it: int, is_first: bool, recompute: bool, alone: bool = False) -> int:
-        """Bytes of a stage with `num` layers; `alone`: of a further layer, without what is there once."""
+    def _memory(self, after_it: int, is_first: bool, recompute: bool) -> tuple[int, int]:
+        """Bytes of a stage: what is there once, and of each layer."""
         layers, is_last = self.layers, after_it == 0
         flying = 1 if self.naive else min(after_it + 1, self.micro_batches)
-        kept = layers.input_bytes if recompute else layers.kept_bytes
-        each = num * (layers.layer_bytes + flying * kept)
-        if alone:
-            return each
+        each = layers.layer_bytes + flying * (layers.input_bytes if recompute else layers.kept_bytes)
         has_head = is_first if layers.ends_together else is_last
-        once = layers.embedding_bytes * is_first
-        once += (layers.head_bytes + layers.logits_bytes) * has_head
+        once = layers.embedding_bytes * is_first + (layers.head_bytes + layers.logits_bytes) * has_head
         # The layer that is computed again comes when the logits have gone.
         again = max(0, layers.again_bytes - layers.logits_bytes * has_head) if recompute else 0
-        return each + once + again
+        return once + again, each
 
     def _added(self, before: list[float], piece: _Piece) -> Iterator[tuple[int, float, int]]:
         """(i, seconds, layers taken) of the best way to reach i layers with this piece on top of what was there before."""
@@ -265,5 +260,5 @@ class _Search:
     def stage(self, device: int, start: int, taken: int, after_it: int, recompute: bool, is_first: bool) -> Stage:
         """A device with that many layers, priced."""
         piece = next(p for p in self.pieces(device, after_it, is_first) if p.recompute == recompute)
-        memory = self._memory(taken, after_it, is_first, recompute)
-        return Stage(device, start, start + taken, recompute, memory, piece.fixed + piece.slope * taken)
+        once, each = self._memory(after_it, is_first, recompute)
+        return Stage(device, start, start + taken, recompute, once + taken * each, piece.fixed + piece.slope * taken)

@@ -174,6 +174,15 @@ class RunDir:
             lock.truncate(0)
 
 
+def rename_or_yield(temporary: Path, target: Path) -> None:
+    """Give a finished folder its name, unless somebody else was faster with theirs."""
+    try:
+        temporary.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+
+
 def cache_folder() -> Path:
     """Where prepared things are kept: $LAUNCH_CACHE, else below the user's cache folder."""
     root = os.environ.get("LAUNCH_CACHE")

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from launcher.cluster import Cluster, Device, card_of
 from launcher.families import family
-from launcher.memory import MemoryRequest
+from launcher.memory import MemoryRequest, trained_dtype_bytes
 from launcher.modelshape import ModelShape, adapted_in_a_layer
 from launcher.recipe.schema import Adapter
 
@@ -225,8 +225,7 @@ def head_seconds(request: MemoryRequest, speed: Speed) -> tuple[float, float]:
 
 def _optimizer(request: MemoryRequest, speed: Speed) -> float:
     """AdamW reads parameter, gradient and two moments and writes three of them, in fp32; in host memory where it is offloaded."""
-    shards = request.num_processes if request.strategy in ("zero1", "zero2", "zero3", "fsdp") else 1
-    elements = request.trainable_parameters / shards
+    elements = request.trainable_parameters / request.shards
     if request.offload != "none":
         return elements * (28 / _HOST_BANDWIDTH + 4 / _PCIE_BYTES_S)
     return elements * 28 / speed.bandwidth
@@ -242,7 +241,7 @@ def _communication(request: MemoryRequest, speed: Speed, accumulation: int, comp
         return 0.0
     ring = (num - 1) / num / speed.link
     # Gradients and gathered weights travel in the precision they have on the device: adapters in fp32.
-    trained = request.trainable_parameters * (request.weights_dtype_bytes if request.full else 4)
+    trained = request.trainable_parameters * trained_dtype_bytes(request)
     latency = 20e-6 * math.sqrt(num) * request.shape.num_layers
     if request.strategy == "ddp":
         return max(latency, 2 * ring * trained - 0.6 * computing)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from launcher.cluster import GIB
 from launcher.memory.activations import kept_bytes, passing_bytes, untouched_bytes
 from launcher.memory.request import Memory, MemoryRequest
 from launcher.memory.states import (
@@ -21,6 +22,7 @@ from launcher.memory.states import (
 
 __all__ = [
     "ALLOCATOR_RESERVE",
+    "CPU_CONTEXT_BYTES",
     "CUDA_CONTEXT_BYTES",
     "GIB",
     "Memory",
@@ -28,11 +30,11 @@ __all__ = [
     "estimate",
     "kept_bytes",
     "passing_bytes",
+    "trained_dtype_bytes",
 ]
 
-GIB = 2**30
 # Interpreter, torch, transformers and PEFT in one rank (facts: 390 MB after PEFT, 490 MB with the Trainer).
-_CPU_CONTEXT_BYTES = round(0.45 * GIB)
+CPU_CONTEXT_BYTES = round(0.45 * GIB)
 # CUDA context, cuBLAS and NCCL: about what nvidia-smi shows beyond torch's own count; and what the allocator holds
 # beyond what is in use, as a share of all that comes and goes. Constants of experience, not measured on these cards.
 CUDA_CONTEXT_BYTES = round(0.6 * GIB)
@@ -46,7 +48,7 @@ _Moment = tuple[int, int, int, int]
 def estimate(request: MemoryRequest) -> Memory:
     """The memory of one device, in parts. A device map's is that of all its devices together."""
     activations, logits, buffers, gradients = max(_moments(request), key=sum)
-    context = _CPU_CONTEXT_BYTES
+    context = CPU_CONTEXT_BYTES
     if request.kind == "cuda":
         context = CUDA_CONTEXT_BYTES + round(ALLOCATOR_RESERVE * (gradients + activations + logits + buffers))
     return Memory(

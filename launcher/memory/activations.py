@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from launcher.families import family
 from launcher.memory.request import MemoryRequest
-from launcher.modelshape import ModelShape, adapted_modules
+from launcher.modelshape import ModelShape, adapted_in_a_layer
 from launcher.recipe.schema import Adapter
 
 ADAPTER_DTYPE_BYTES = 4  # trained weights beside a frozen base are fp32 (worker/adapters.py)
@@ -35,7 +35,7 @@ def passing_bytes(request: MemoryRequest) -> int:
     fullest = [3 * width + stream - (width if request.full else 0)]
     if not request.full and c < ADAPTER_DTYPE_BYTES and not request.hands_over:
         adapter = request.adapter or Adapter()
-        wanted = adapted_in_a_layer(shape, adapter)
+        wanted = adapted_in_a_layer(shape, adapter.targets)
         widest = max((size for name, (size, _) in shape.linears.items() if name in wanted), default=0)
         fullest.append(widest * (ADAPTER_DTYPE_BYTES * (2 if adapter.dropout else 1) + c) + 5 * shape.hidden_size * c)
     if _writes_scores(shape):
@@ -52,7 +52,7 @@ def untouched_bytes(request: MemoryRequest) -> int:
     if request.full or request.gradient_checkpointing:
         return 0
     norm = _norms(request) // max(1, _num_norms(shape))
-    wanted = adapted_in_a_layer(shape, request.adapter or Adapter())
+    wanted = adapted_in_a_layer(shape, (request.adapter or Adapter()).targets)
     beside = _num_norms(shape) == 1 and not any(name.startswith("mlp") for name in wanted)
     return request.num_tokens * (norm + (_mlp(request) if beside else 0))
 
@@ -139,7 +139,7 @@ def _inputs(request: MemoryRequest) -> int:
         shared = shared and (shape.rms_norm or value_bytes == 4 or request.kind == "cpu")
     else:
         adapter = request.adapter or Adapter()
-        wanted, dropout = adapted_in_a_layer(shape, adapter), adapter.dropout > 0
+        wanted, dropout = adapted_in_a_layer(shape, adapter.targets), adapter.dropout > 0
         shared = not dropout and (value_bytes == ADAPTER_DTYPE_BYTES or request.hands_over)
     kept = 0
     seen = set()
@@ -157,10 +157,3 @@ def _inputs(request: MemoryRequest) -> int:
     if request.strategy == "zero3" and not request.full:
         kept += (2 * shape.hidden_size + shape.mlp_width) * value_bytes  # DeepSpeed's linear layer keeps any input
     return kept
-
-
-def adapted_in_a_layer(shape: ModelShape, adapter: Adapter) -> set[str]:
-    """Names, from the layer on, of the linear layers of one layer that have an adapter."""
-    prefix = f"{family(shape.family).layers}.0."
-    one = shape.model_copy(update={"num_layers": 1})
-    return {name.removeprefix(prefix) for name in adapted_modules(one, adapter.targets) if name.startswith(prefix)}

@@ -261,14 +261,10 @@ def adapted_modules(shape: ModelShape, targets: str | Sequence[str]) -> dict[str
 
 
 def adapted_in_a_layer(shape: ModelShape, targets: str | Sequence[str]) -> set[str]:
-    """Names, from the layer on, of the linear layers of the first layer that get an adapter."""
-    known = family(shape.family)
-    prefix = f"{known.layers}.0."
-    if targets == "auto":
-        targets = known.lora_targets or "all-linear"
-    if targets == "all-linear":
-        return set(shape.linears)
-    return {name for name in shape.linears if _matches(prefix + name, targets)}
+    """Names, from the layer on, of the linear layers of one layer that get an adapter."""
+    prefix = f"{family(shape.family).layers}.0."
+    one = shape.model_copy(update={"num_layers": 1})
+    return {name.removeprefix(prefix) for name in adapted_modules(one, targets) if name.startswith(prefix)}
 
 
 def unmatched_targets(shape: ModelShape, targets: str | Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ from launcher.modelshape import ModelShape
 from launcher.plan.deciding import Deciding
 from launcher.plan.deepspeed import deepspeed_json, read_given
 from launcher.plan.model import (
+    DTYPE_BYTES,
     Alternative,
     Decision,
     Plan,
@@ -32,6 +33,7 @@ from launcher.recipe.device_maps import DeviceMap
 from launcher.remotecode import RemoteCode
 
 __all__ = [
+    "DTYPE_BYTES",
     "Alternative",
     "Decision",
     "Plan",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from launcher import __version__
-from launcher.cluster import Cluster
+from launcher.cluster import GIB, Cluster
 from launcher.compat import fixes_for, transformers_version
 from launcher.errors import Problem, RecipeError
 from launcher.families import family, template_names
@@ -24,7 +24,6 @@ from launcher.recipe import Recipe
 from launcher.recipe.device_maps import DeviceMap
 from launcher.recipe.rules import unshardable
 
-GIB = 2**30
 # Larger micro batches bring no speed on these devices and make the heaviest batch heavier.
 _LARGEST_MICRO_BATCH = {"cuda": 64, "cpu": 8}
 

@@ -17,6 +17,7 @@ from launcher.remotecode import RemoteCode
 from launcher.steptime import StepTime
 
 Dtype = Literal["bf16", "fp16", "fp32"]
+DTYPE_BYTES: dict[Dtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 Batching = Literal["padded", "bucketed", "packed"]
 Targets = tuple[str, ...] | Literal["all-linear"]
 

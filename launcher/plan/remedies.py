@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from launcher.cluster import GIB
 from launcher.errors import DoesNotFitError, RecipeError
-from launcher.plan.deciding import GIB, Deciding
+from launcher.plan.deciding import Deciding
 from launcher.plan.model import Plan, budget_bytes, lacking_bytes
 from launcher.recipe.rules import broken_rules
 

@@ -14,13 +14,12 @@ from launcher.cluster import Cluster, Device
 from launcher.memory import Memory, MemoryRequest, estimate
 from launcher.modelshape import ModelShape
 from launcher.placement import Schedule
-from launcher.plan.model import Alternative, Batching, Dtype, Plan, StagePlan, budget_bytes
+from launcher.plan.model import DTYPE_BYTES, Alternative, Batching, Dtype, Plan, StagePlan, budget_bytes
 from launcher.plan.spreading import Way, spread
 from launcher.recipe import Recipe
 from launcher.recipe.device_maps import DeviceMap
 from launcher.steptime import StepTime, speed_of, step_time
 
-BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # What an automatic choice leaves free: the allocator's gaps, and the error of the estimate.
 FREE_SHARE = 0.1
 # Estimates of time are no better than this: among ways so close to the fastest the simplest is taken.
@@ -140,8 +139,8 @@ class Question:
             full=recipe.adapter.type == "full",
             adapter=recipe.adapter,
             quantization=recipe.model.quantization,
-            weights_dtype_bytes=BYTES[self.weights_dtype(option.strategy)],
-            compute_dtype_bytes=BYTES[self.dtype],
+            weights_dtype_bytes=DTYPE_BYTES[self.weights_dtype(option.strategy)],
+            compute_dtype_bytes=DTYPE_BYTES[self.dtype],
             optimizer=recipe.train.optimizer,
             micro_batch=option.micro_batch,
             sequence_length=recipe.data.max_length,

@@ -10,12 +10,11 @@ from pathlib import Path
 
 from launcher.cluster import MIB
 from launcher.modelshape.files import hub_cache
-from launcher.plan import Plan
+from launcher.plan import DTYPE_BYTES, Plan
 from launcher.preflight.files import offline, to_fetch
 from launcher.preflight.finding import Finding, size
 from launcher.rundir import RunDir, cache_folder
 
-DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Random states, the Trainer's counters, the tokenizer: 0.1 MiB a rank and as much as a tokenizer has.
 _BESIDE_BYTES = 16 * MIB
 _ADAM_8BIT_BYTES = 2.03  # as in memory.py: two bytes and the constants of their blocks

@@ -17,9 +17,10 @@ from launcher.cluster import (
     usable_cores,
 )
 from launcher.families import family
+from launcher.memory import CPU_CONTEXT_BYTES
 from launcher.modelshape.files import cached_snapshot, stored_dtypes
-from launcher.plan import Plan
-from launcher.preflight.disk import DTYPE_BYTES, room
+from launcher.plan import DTYPE_BYTES, Plan
+from launcher.preflight.disk import room
 from launcher.preflight.files import model_files
 from launcher.preflight.finding import Finding, size
 from launcher.preflight.machine import limits
@@ -27,7 +28,6 @@ from launcher.preflight.packages import ranges_kept, torch_wheel
 from launcher.preflight.port import port
 
 _RUNS = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp")
-_RANK_BYTES = round(0.45 * GIB)  # interpreter, torch, transformers and PEFT in a process, as in memory.py
 _STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 
 
@@ -192,7 +192,7 @@ def _host_memory(plan: Plan) -> Iterator[Finding]:
         copied = plan.recipe.model.quantization == "none" and _weights_folder_dtypes(plan) != {
             _STORED[plan.weights_dtype]
         }
-        each = _RANK_BYTES + (plan.shape.num_parameters * DTYPE_BYTES[plan.weights_dtype] if copied else 0)
+        each = CPU_CONTEXT_BYTES + (plan.shape.num_parameters * DTYPE_BYTES[plan.weights_dtype] if copied else 0)
         why = "while the weights are loaded" if copied else "beside the cards"
     offloaded = _offloaded_bytes(plan)
     needed = num_ranks * each + offloaded

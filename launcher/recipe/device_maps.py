@@ -6,7 +6,6 @@ A path works as it is; a bare name is looked up in recipes/device_maps beside th
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from pathlib import Path
 from typing import Literal
@@ -17,7 +16,7 @@ from launcher.errors import Problem, UsageError
 from launcher.recipe.document import read_document
 from launcher.recipe.reading import located, problems_of
 from launcher.recipe.schema import Auto, Names, Section
-from launcher.recipe.shipped import shipped_folder
+from launcher.recipe.shipped import looked_up, shipped_folder
 
 _RANGE = re.compile(r"(\d+)\s*-\s*(\d+)")
 
@@ -98,16 +97,11 @@ def find_device_map(name: str) -> Path:
     Raises:
         UsageError: there is none; names the nearest.
     """
-    given = Path(os.path.expanduser(name))
-    if os.path.isfile(given):
-        return given
     folders = (Path("recipes/device_maps"), shipped_folder() / "device_maps")
-    if given.name == name:
-        file_name = name if given.suffix in (".yaml", ".yml") else f"{name}.yaml"
-        for folder in folders:
-            if os.path.isfile(folder / file_name):
-                return folder / file_name
+    file = looked_up(name, folders)
+    if file is not None:
+        return file
     known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
-    close = difflib.get_close_matches(given.stem, known, n=1)
+    close = difflib.get_close_matches(Path(name).stem, known, n=1)
     to_type = f"did you mean: --device-map {close[0]}" if close else f"there are: {', '.join(known)}"
     raise UsageError(f"device map {name[:200]}", "there is no such device map", to_type)

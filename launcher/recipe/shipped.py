@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.errors import UsageError
@@ -17,21 +18,30 @@ def shipped_folder() -> Path:
     return inside if inside.is_dir() else _PACKAGE.parent / "recipes"
 
 
-def find_recipe(name: str) -> Path:
-    """The file that a path or bare name means.
-
-    Raises:
-        UsageError: there is none; names the nearest.
-    """
+def looked_up(name: str, folders: Sequence[Path]) -> Path | None:
+    """The file that a path, or a bare name in the first of these folders, means; None where there is none."""
     given = Path(os.path.expanduser(name))
     # os.path: a name that is too long is no file; Path.is_file raises.
     if os.path.isfile(given):
         return given
     if given.name == name:  # a bare name, with or without its ending
         file_name = name if given.suffix in (".yaml", ".yml") else f"{name}.yaml"
-        for folder in (Path("recipes"), Path(), shipped_folder()):
+        for folder in folders:
             if os.path.isfile(folder / file_name):
                 return folder / file_name
+    return None
+
+
+def find_recipe(name: str) -> Path:
+    """The file that a path or bare name means.
+
+    Raises:
+        UsageError: there is none; names the nearest.
+    """
+    file = looked_up(name, (Path("recipes"), Path(), shipped_folder()))
+    if file is not None:
+        return file
+    given = Path(os.path.expanduser(name))
     known = {path.stem: path for path in recipes()}
     close = difflib.get_close_matches(given.stem, known, n=1)
     found = "is a folder" if os.path.isdir(given) else "there is no such recipe"

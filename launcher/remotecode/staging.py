@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict
 
 from launcher.errors import PreflightError
 from launcher.remotecode.finding import RemoteCode
+from launcher.rundir import rename_or_yield
 
 
 class Staged(BaseModel):
@@ -75,12 +76,7 @@ def stage(code: RemoteCode, sources: Mapping[str, bytes], root: Path, fixes: tup
         _forget(temporary)  # of a process that had this pid before and was killed
         try:
             _write(sources, temporary, target)
-            try:
-                temporary.rename(target)
-            except OSError:
-                # Somebody else was faster; theirs is held against the same checksums below.
-                if not target.is_dir():
-                    raise
+            rename_or_yield(temporary, target)  # somebody else's is held against the same checksums below
         finally:
             _forget(temporary)
     staged = Staged(folder=str(target), code=code, table=listing(target), fixes=fixes)

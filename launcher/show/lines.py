@@ -7,7 +7,8 @@ import os
 from rich.console import Console
 from rich.markup import escape
 
-GIB = 2**30
+from launcher.cluster import GIB
+
 LABEL = 12
 
 

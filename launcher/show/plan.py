@@ -6,9 +6,10 @@ import json
 
 from rich.console import Console
 
+from launcher.cluster import GIB
 from launcher.plan import Alternative, Plan, StagePlan, budget_bytes
 from launcher.remotecode import RemoteCode, Trusted
-from launcher.show.lines import GIB, as_typed, count, gib, line
+from launcher.show.lines import as_typed, count, gib, line
 
 _BAR = 24
 _MOST_OTHERS = 6

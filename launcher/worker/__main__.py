@@ -47,12 +47,10 @@ def main(plan_path: str) -> int:
 
 def train(plan: Plan, run: RunDir, pulse: Pulse) -> None:
     """Build the model, train it and commit the last checkpoint."""
-    from launcher.worker.quiet import quiet_libraries
+    from launcher.worker.quiet import leave_out_what_is_unused, quiet_libraries
 
     quiet_libraries()
-    if not plan.needs_bitsandbytes:
-        # PEFT imports it wherever it is installed, and with it torch's compiler: a second of CPU time on every rank.
-        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    leave_out_what_is_unused(plan)
     import torch
 
     from launcher.worker.sharding import build_model

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launcher.rundir import cache_folder, read_json, write_json
+from launcher.rundir import cache_folder, read_json, rename_or_yield, write_json
 
 # The list of files in a cache folder, with their sizes.
 _CONTENTS = "contents.json"
@@ -39,12 +39,7 @@ def made(what: str, key: str, cached: list[str], make: Callable[[Path], None]) -
     try:
         make(temporary)
         write_json(temporary / _CONTENTS, _sizes(temporary))
-        try:
-            temporary.rename(target)
-        except OSError:
-            # Somebody else was faster; theirs has the same content.
-            if not target.is_dir():
-                raise
+        rename_or_yield(temporary, target)  # somebody else's has the same content
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     say(event="prepare", what=what, state="made")

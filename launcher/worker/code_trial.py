@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from launcher.compat import BUILT_FIRST
 from launcher.errors import PreflightError
 from launcher.families import family
 from launcher.modelshape import trains_head
@@ -24,6 +25,7 @@ from launcher.remotecode import Staged
 from launcher.rundir import read_json
 from launcher.worker.convert import read_shard, weight_files
 from launcher.worker.data.batches import Batch, collator
+from launcher.worker.pulse import first_line
 from launcher.worker.staged import from_config, load_config, load_weights
 
 _LAYERS = ("num_layers", "num_hidden_layers", "n_layer")
@@ -74,14 +76,14 @@ def try_small(plan: Plan, model_dir: Path, batch: Batch, staged: Staged) -> dict
                 model = load_weights(small, code, dtype=torch.float32)
                 return model, _difference(model, batch, unsaved, wanted)
             except Exception as error:  # noqa: BLE001 - a meta tensor that cannot be copied, for one
-                return None, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                return None, f"{type(error).__name__}: {first_line(error)}"
 
         fixes = {}
         model, because = load()
         if because:
-            model, difference = load("built-first")
+            model, difference = load(BUILT_FIRST)
             _refuse(plan, because, difference)
-            fixes["built-first"] = because
+            fixes[BUILT_FIRST] = because
         if not _counts_tokens(model, batch):
             fixes["token-loss"] = "its loss does not know how many tokens a step has"
         _check_head(plan, model, model_dir)
@@ -233,7 +235,7 @@ def _left_empty(model_dir: Path, staged: Staged) -> dict[str, str]:
             for name, tensor in unsaved_tensors(from_config(load_config(model_dir, staged), staged)).items()
             if tensor.is_meta
         ]
-    found = {"built-first": f"{empty[0]} would be left uninitialised"} if empty else {}
+    found = {BUILT_FIRST: f"{empty[0]} would be left uninitialised"} if empty else {}
     return {**found, "token-loss": "whether its loss knows how many tokens a step has could not be tried"}
 
 

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from launcher.compat import FIXES
+from launcher.compat import BUILT_FIRST, FIXES
 from launcher.worker.data.tokens import IGNORED
 
-BUILT_FIRST = "built-first"  # found by trial: see staged.load_weights
 _MARK = "_launch_fixes"  # which fixes a class has already
 
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
+from launcher.compat import BUILT_FIRST
 from launcher.errors import PreflightError
 from launcher.remotecode import RemoteCode, Staged, find_code, read_code, stage
 from launcher.rundir import RunDir, read_json, write_json
-from launcher.worker.compat import BUILT_FIRST
 from launcher.worker.loading import Trained, load_trained
 from launcher.worker.original import (
     WEIGHTS,

@@ -11,19 +11,17 @@ import sys
 from pathlib import Path
 
 from launcher.errors import InterruptedRunError, LaunchError
-from launcher.rundir import RunDir, read_json
+from launcher.rundir import RunDir
+from launcher.worker.prepared import read_plan
 from launcher.worker.pulse import die_with_parent
+from launcher.worker.quiet import leave_out_what_is_unused
 
 
 def main(argv: list[str]) -> int:
     """Run the program; its exit code."""
     die_with_parent()
-    plan = read_json(RunDir(Path(argv[1])).plan) if len(argv) > 1 else None
-    recipe = (plan or {}).get("recipe", {})
-    if recipe.get("model", {}).get("quantization") == "none" and recipe.get("train", {}).get("optimizer") == "adamw":
-        # PEFT imports it wherever it is installed; it talks of kernels that nobody asked for.
-        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     try:
+        leave_out_what_is_unused(read_plan(RunDir(Path(argv[1]))))
         code: int = importlib.import_module(f"launcher.worker.{argv[0]}").main(argv[1:])
         sys.stdout.flush()
     except KeyboardInterrupt:

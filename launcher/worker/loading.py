@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from launcher import manifest
 from launcher.errors import UsageError
@@ -15,7 +14,7 @@ from launcher.plan import Plan
 from launcher.rundir import RunDir
 from launcher.worker.data.tokens import Prompter
 from launcher.worker.model import load_model
-from launcher.worker.prepared import Prepared, read_prepared
+from launcher.worker.prepared import Prepared, read_plan, read_prepared
 from launcher.worker.staged import load_tokenizer
 
 
@@ -44,7 +43,7 @@ def load_trained(run: RunDir, step: str | None, quantized: bool) -> Trained:
     Raises:
         UsageError: there is no such valid checkpoint.
     """
-    plan = _plan_of(run)
+    plan = read_plan(run)
     prepared = read_prepared(run)
     folder = find_checkpoint(run, step or ("best" if plan.recipe.train.early_stopping else "latest"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,17 +58,6 @@ def load_trained(run: RunDir, step: str | None, quantized: bool) -> Trained:
     model.config.use_cache = True
     tokenizer = load_tokenizer(prepared.tokenizer_dir, prepared.code)
     return Trained(plan, prepared, model, tokenizer, folder)
-
-
-def _plan_of(run: RunDir) -> Plan:
-    try:
-        return Plan.model_validate_json(run.plan.read_text(encoding="utf-8"))
-    except ValidationError:
-        raise UsageError(
-            f"run {run.path}",
-            "its plan.json is torn, or was written by another version",
-            f"write it again: launch resume {run.path}",
-        ) from None
 
 
 def find_checkpoint(run: RunDir, which: str) -> Path:

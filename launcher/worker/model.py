@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from launcher.compat import BUILT_FIRST
 from launcher.errors import PreflightError
 from launcher.plan import Plan
 from launcher.remotecode import Staged
@@ -38,7 +39,7 @@ def load_model(
             "quantization_config": _bitsandbytes(quantization, DTYPES[plan.dtype]),
             "device_map": {"": str(device)},
         }
-    if code is not None and "built-first" in code.fixes:
+    if code is not None and BUILT_FIRST in code.fixes:
         options["device"] = device
     try:
         model, left = load_weights(model_dir, code, output_loading_info=True, **options)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
+
+from launcher.plan import Plan
 
 
 def quiet_libraries() -> None:
@@ -21,3 +24,13 @@ def quiet_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+
+
+def leave_out_what_is_unused(plan: Plan) -> None:
+    """Hide bitsandbytes from PEFT where the plan has no use for it. Call before PEFT is imported.
+
+    PEFT imports it wherever it is installed, and with it torch's compiler: a second of CPU time on every rank, and talk of
+    kernels that nobody asked for.
+    """
+    if not plan.needs_bitsandbytes:
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]

@@ -18,11 +18,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from launcher.compat import BUILT_FIRST
 from launcher.errors import PreflightError
 from launcher.plan import Plan
 from launcher.remotecode import Staged
 from launcher.worker.compat import mend
 from launcher.worker.convert import read_shard, weight_files
+from launcher.worker.pulse import first_line
 
 # The first of them that the model's auto_map has; ChatGLM-6B has no AutoModelForCausalLM.
 MODEL_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
@@ -127,7 +129,7 @@ def model_class(staged: Staged | None) -> Any:
 
 def load_weights(folder: str | Path, staged: Staged | None, **options: Any) -> Any:
     """`from_pretrained` of the model, or what takes its place. Weights in a pickle are read as tensors only."""
-    if staged is not None and "built-first" in staged.fixes:
+    if staged is not None and BUILT_FIRST in staged.fixes:
         return _built(folder, staged, **options)
     known = {"config": load_config(folder, staged)} if staged is not None else {"trust_remote_code": False}
     return model_class(staged).from_pretrained(folder, local_files_only=True, weights_only=True, **known, **options)
@@ -241,7 +243,7 @@ def _refused(staged: Staged, model_dir: Path, error: BaseException) -> Preflight
     """What stands against loading the code, with the line of it that failed."""
     from launcher.remotecode.finding import cycle_in
 
-    what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    what = f"{type(error).__name__}: {first_line(error)}"
     sources = {file.name: staged.read(Path(staged.folder, file.name)) for file in staged.code.files}
     cycle = cycle_in(sources) if isinstance(error, ImportError | AttributeError) and "partially" in str(error) else []
     if cycle:
