@@ -21,13 +21,17 @@ from launcher.worker.prepared import read_prepared
 from launcher.worker.pulse import Pulse, die_with_parent, log_to, wait_for_go
 
 
-def main(plan_path: str) -> int:
-    """Run this rank; its exit code."""
+def main(plan_path: str, parent: int | None = None) -> int:
+    """Run this rank; its exit code.
+
+    Args:
+        parent: pid of who started it; None for torchrun, whose pid is written down, and for the supervisor.
+    """
     run = RunDir(Path(plan_path).resolve().parent)
-    # Importing this file took half a second, in which torchrun may have ended.
-    die_with_parent(
-        (read_json(run.heartbeats / "node.json") or {}).get("pid") if "TORCHELASTIC_RUN_ID" in os.environ else None
-    )
+    if parent is None and "TORCHELASTIC_RUN_ID" in os.environ:
+        # Importing this file took half a second, in which torchrun may have ended.
+        parent = (read_json(run.heartbeats / "node.json") or {}).get("pid")
+    die_with_parent(parent)
     pulse = Pulse(run)
     log_to(run.rank_log(socket.gethostname(), pulse.rank))
     faulthandler.enable()

@@ -1,5 +1,5 @@
 """torchrun, with two files more: errors/node.json says how each rank ended, because torchrun's own exit code is always 1, and
-heartbeat/node.json which process the ranks belong to.
+heartbeat/node.json which process the ranks belong to. On a CPU its ranks come from a nursery, which imports for all of them.
 
 Takes torchrun's command line, which ends with RUN/plan.json, and perhaps --wait behind it: loading torchrun takes more than a second, which
 the supervisor uses to prepare the node, and then says when to start the ranks.
@@ -13,7 +13,12 @@ import sys
 from pathlib import Path
 
 from launcher.rundir import WAIT, RunDir, write_json
+from launcher.worker.prepared import read_plan
 from launcher.worker.pulse import die_with_parent, process_start, wait_for_go
+
+# Threads that libraries start when they are imported, numpy's BLAS and Arrow's allocator: a process that has some is not copied.
+# Ranks compute with torch's own.
+WITHOUT_THREADS = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 
 
 def main(argv: list[str]) -> int:
@@ -23,9 +28,20 @@ def main(argv: list[str]) -> int:
     argv = argv[:-1] if waits else argv
     run = RunDir(Path(argv[-1]).resolve().parent)
     write_json(run.heartbeats / "node.json", {"pid": os.getpid(), "started": process_start(os.getpid())})
+    os.environ.update(WITHOUT_THREADS)
+    from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    plan = read_plan(run)
+    from launcher.worker.nursery import Nursery, num_threads
+
+    if (
+        plan.kind == "cpu" and num_threads() == 1
+    ):  # whether importing leaves a GPU's driver untouched has not been tried
+        from launcher.worker.__main__ import main as rank
+
+        api.get_subprocess_handler = Nursery.open(plan, rank).handler
     if waits:
         wait_for_go()
     try:

@@ -42,7 +42,7 @@ import importlib.abc, importlib.util, os, sys
 
 class _Patch(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != {module!r}:
+        if name != {module!r} or os.environ.get("RANK") not in {ranks!r}:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -56,8 +56,7 @@ class _Patch(importlib.abc.MetaPathFinder):
 def _patch(module):
 {code}
 
-if os.environ.get("RANK") in {ranks!r}:
-    sys.meta_path.insert(0, _Patch())
+sys.meta_path.insert(0, _Patch())  # ranks may be copies of a process that started without a rank
 """
 AT_STEP = """\
 original = module.PlannedTrainer.training_step

@@ -8,8 +8,10 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from launcher import manifest
-from launcher.rundir import RunDir, read_json
+from launcher.rundir import RunDir, read_events, read_json
 from tests.e2e.conftest import Launcher, Process, Sabotage, Started, all_gone, report_of
 
 LONG = "train.max_steps=100000"
@@ -48,7 +50,7 @@ def test_sigterm_while_training_and_the_run_goes_on_later(launch: Launcher, reci
     started = launch.start(recipe, "--run-dir", run, LONG, EVERY_50)
     started.wait_for_event(run, "save")
     processes = processes_of(started, run)
-    assert len(processes) == 3, "torchrun and two ranks"
+    assert len(processes) == 4, "torchrun, what its ranks are copies of, and two ranks"
 
     took = stop(started, signal.SIGTERM)
 
@@ -123,11 +125,14 @@ def test_a_signal_while_preparing(launch: Launcher, recipe: Path, tmp_path: Path
     assert not any(folder.exists() for folder in half_made), "nothing half-made stays in the cache"
 
 
-def test_a_signal_while_ranks_start(launch: Launcher, recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num", [2, 4], ids=["importing", "born"])
+def test_a_signal_while_ranks_start(launch: Launcher, recipe: Path, tmp_path: Path, num: int) -> None:
+    """Torchrun and what its ranks are copies of, which imports; then two ranks that have joined nothing yet."""
     run = tmp_path / "run"
-    started = launch.start(recipe, "--run-dir", run)
-    # Two Python processes below torchrun: they import torch and have joined nothing yet.
-    processes = started.wait_for(lambda: len(found := started.descendants()) == 3 and found)
+    started = launch.start(recipe, "--run-dir", run, LONG)
+    processes = started.wait_for(lambda: len(found := started.descendants()) == num and found)
+    if num == 2:
+        started.wait_for(lambda: any(event["event"] == "start" for event in read_events(RunDir(run))[0]))
 
     took = stop(started, signal.SIGTERM)
 
@@ -138,7 +143,7 @@ def test_a_signal_while_ranks_start(launch: Launcher, recipe: Path, tmp_path: Pa
 def test_a_killed_launcher_leaves_no_rank(launch: Launcher, recipe: Path, tmp_path: Path) -> None:
     started, early = (launch.start(recipe, "--run-dir", tmp_path / name, LONG, EVERY_50) for name in ("run", "early"))
     # One as soon as its ranks exist, before they have run a line of ours; one in the midst of training.
-    unborn = early.wait_for(lambda: len(found := early.descendants()) == 3 and found)
+    unborn = early.wait_for(lambda: len(found := early.descendants()) == 4 and found)
     early.process.kill()
     started.wait_for_event(tmp_path / "run", "train")
     processes = processes_of(started, tmp_path / "run")
