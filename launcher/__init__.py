@@ -21,6 +21,7 @@
     supervise    start, follow, stop
     foreground   chat and export, with this terminal
     show/        all of it -> what a person reads
+    rehearsal    a plan -> the plan of its rehearsal, on this machine's CPU with a small model
     start        recipe and flags -> plan -> a run carried out
     cli          verbs
     worker/      torch side: executes a Plan (prepare, model, adapters, data/, training, checkpoint, metrics, chat, export)

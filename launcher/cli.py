@@ -94,10 +94,15 @@ def asks_for_a_plan(verb: Callable[..., None]) -> Callable[..., None]:
 @asks_for_a_plan
 @click.option("--run-dir", help="The run directory (the same as launch.run_dir=DIR).")
 @click.option("--dry-run", is_flag=True, help="Print the commands that would be started, and stop.")
-def run(asked: Asked, run_dir: str | None, dry_run: bool) -> None:
+@click.option(
+    "--rehearse", is_flag=True, help="Run it with a small model on this machine's CPU, ranks and strategy as planned."
+)
+def run(asked: Asked, run_dir: str | None, dry_run: bool, rehearse: bool) -> None:
     """Train: plan, prepare, start the ranks, follow them to the end."""
     if run_dir is not None:
         asked = asked.with_overrides(f"launch.run_dir={run_dir}")
+    if rehearse:
+        start.rehearse(asked)
     loaded, plan = start.plan_recipe(asked)
     where = start.new_run_dir(loaded)
     if dry_run:

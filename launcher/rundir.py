@@ -92,6 +92,11 @@ class RunDir:
         return self.path / "export"
 
     @property
+    def rehearsal_rows(self) -> Path:
+        """What a rehearsal learns where the recipe's rows are not here."""
+        return self.path / "rehearsal-rows.json"
+
+    @property
     def code(self) -> Path:
         return self.path / "code"
 

@@ -108,8 +108,36 @@ def name_of(where: RunDir) -> str:
     return str((read_json(where.plan) or {}).get("name", where.path.name))
 
 
+def rehearse(asked: Asked) -> NoReturn:
+    """A recipe with a small model on this machine's CPU: a step, a checkpoint, a resume, a second step, an export; never returns."""
+    from launcher import show
+    from launcher.foreground import run_in_foreground
+    from launcher.rehearsal import one_more_step, rehearsal_of
+    from launcher.rundir import RunDir
+
+    loaded, made = plan_recipe(asked)
+    screen, where = show.console(), new_run_dir(loaded)
+    show.line(screen, made.name, show.summary(made))
+    if loaded.recipe.launch.run_dir is None:
+        where = RunDir(where.path.with_name(f"{where.path.name}-rehearsal")).claimed()
+    where.create()
+    small = rehearsal_of(made, where)
+    show.show_rehearsal(screen, small)
+    started = time.monotonic()
+    code = carried_out(False, small, where) or carried_out(True, one_more_step(small), where)
+    code = code or run_in_foreground("export", where, {})
+    if code == 0:
+        show.show_rehearsed(screen, small, time.monotonic() - started, where.path)
+    sys.exit(code)
+
+
 def carry_out(resuming: bool, made: Plan, where: RunDir) -> NoReturn:
-    """Check, write the run directory, supervise, say how it ended; never returns."""
+    """Carry a plan out, and end with its exit code."""
+    sys.exit(carried_out(resuming, made, where))
+
+
+def carried_out(resuming: bool, made: Plan, where: RunDir) -> int:
+    """Check, write the run directory, supervise, say how it ended; the exit code."""
     from launcher import manifest, preflight, show
     from launcher.supervise import Supervisor, continue_from, kept_where_refused, write_run
 
@@ -138,4 +166,4 @@ def carry_out(resuming: bool, made: Plan, where: RunDir) -> NoReturn:
             show.show_failure(
                 show.console(stderr=True), outcome.failure, where.path, newest.folder.name if newest else None
             )
-    sys.exit(outcome.exit_code)
+    return outcome.exit_code

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from launcher.cluster import Cluster
 from launcher.memory import Memory
 from launcher.modelshape import ModelShape
+from launcher.native import Native
 from launcher.placement import Schedule
 from launcher.recipe import Recipe
 from launcher.recipe.device_maps import DeviceMap
@@ -72,6 +73,22 @@ class StagePlan(BaseModel):
     seconds: float
 
 
+class Rehearsal(BaseModel):
+    """What a rehearsal takes from the model that it rehearses.
+
+    Args:
+        folder: where its tokenizer and its own code are; None where they are not here.
+        native: what that tokenizer is converted for.
+        notes: what is not as in the real run.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: str | None = None
+    native: Native | None = None
+    notes: tuple[str, ...] = ()
+
+
 class Plan(BaseModel):
     """All that a run is, before it starts.
 
@@ -88,6 +105,7 @@ class Plan(BaseModel):
         device_map: what strategy.device_map names.
         schedule: naive or pipelined under a device map, else None; stages: in the order of the layers.
         resume_from: checkpoint folder below the run directory, None for a fresh start.
+        rehearsal: what this is the rehearsal of, None for a run in earnest.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -120,6 +138,7 @@ class Plan(BaseModel):
     deepspeed: dict[str, Any] | None = None
     code: RemoteCode | None = None
     resume_from: str | None = None
+    rehearsal: Rehearsal | None = None
 
     @property
     def kind(self) -> str:

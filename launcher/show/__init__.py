@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from launcher.show.lines import console, line
 from launcher.show.plan import batch, show_code, show_plan, show_trust, summary
-from launcher.show.run import RunScreen, show_done, show_failure, show_findings, show_resume
+from launcher.show.run import (
+    RunScreen,
+    show_done,
+    show_failure,
+    show_findings,
+    show_rehearsal,
+    show_rehearsed,
+    show_resume,
+)
 
 __all__ = [
     "RunScreen",
@@ -19,6 +27,8 @@ __all__ = [
     "show_failure",
     "show_findings",
     "show_plan",
+    "show_rehearsal",
+    "show_rehearsed",
     "show_resume",
     "show_trust",
     "summary",

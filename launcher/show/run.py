@@ -19,7 +19,7 @@ from launcher.plan import Plan, steps_per_epoch, time_of_rows, total_steps
 from launcher.preflight import Finding
 from launcher.report import Answer, Failure, last_lines, predicted_speed
 from launcher.rundir import RunDir
-from launcher.show.lines import LABEL, as_typed, duration, gib, line
+from launcher.show.lines import LABEL, as_typed, count, duration, gib, line
 from launcher.supervise import Outcome
 
 _BEGINNING = 56  # letters of an answer
@@ -185,6 +185,8 @@ def show_done(screen: Console, plan: Plan, outcome: Outcome, run: Path) -> None:
     if story.answers:
         _show_answers(screen, story.answers, f"{shown}/report.json")
     line(screen, "done", " · ".join(parts))
+    if plan.rehearsal is not None:  # nobody talks to a small model with random weights
+        return
     epochs = plan.recipe.train.epochs
     screen.print()
     line(screen, "  watch", f"tensorboard --logdir {shown}/tensorboard")
@@ -196,6 +198,23 @@ def show_done(screen: Console, plan: Plan, outcome: Outcome, run: Path) -> None:
     )
     line(screen, "  go on", f"launch resume {shown} {longer}")
     line(screen, "  take away", f"launch export {shown}")
+
+
+def show_rehearsal(screen: Console, plan: Plan) -> None:
+    """What is rehearsed, and what is not as in the real run."""
+    assert plan.rehearsal is not None
+    model = f"{plan.shape.num_layers} layers and {count(plan.shape.num_parameters)} parameters from random weights"
+    ranks = f"{plan.num_processes} rank{'s' if plan.num_processes > 1 else ''} on this machine's CPU"
+    line(screen, "rehearsal", f"{plan.strategy} with {ranks}; {model}")
+    for place, note in enumerate(plan.rehearsal.notes):
+        line(screen, "" if place else "differs", note)
+
+
+def show_rehearsed(screen: Console, plan: Plan, seconds: float, run: Path) -> None:
+    """What has been shown to work."""
+    done = ("data", "model", "step", "checkpoint", "resume", "export")
+    line(screen, "rehearsed", f"{'   '.join(f'{what} ✓' for what in done)}   {seconds:.0f} s")
+    line(screen, "", f"all of it is in {as_typed(str(run))}, which nothing needs any more")
 
 
 def _show_answers(screen: Console, answers: Sequence[Answer], where: str) -> None:

@@ -105,6 +105,13 @@ class AdaLoraRanks(TrainerCallback):
     """Lets AdaLoRA take ranks away after every step; neither PEFT nor the Trainer does it by itself."""
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        allocator = model.base_model.rankallocator
+        config = allocator.peft_config
+        is_last_decision = state.global_step == config.total_step - config.tfinal
+        if is_last_decision and not allocator.exp_avg_ipt and config.rank_pattern:
+            # A run that is gone on with after its end: the ranks were decided then, and the scores that decided them are gone.
+            allocator.mask_using_rank_pattern(model.base_model.model, config.rank_pattern)
+            return
         model.base_model.update_and_allocate(state.global_step)
 
 

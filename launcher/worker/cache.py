@@ -6,15 +6,18 @@ Also the line of JSON by which prepare tells the control side how far it is.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from launcher.rundir import cache_folder, read_json, rename_or_yield, write_json
 
+# Part of every key: raise it when the same input no longer gives the same folder.
+_FORMAT = 2
 # The list of files in a cache folder, with their sizes.
 _CONTENTS = "contents.json"
 
@@ -44,6 +47,20 @@ def made(what: str, key: str, cached: list[str], make: Callable[[Path], None]) -
         shutil.rmtree(temporary, ignore_errors=True)
     say(event="prepare", what=what, state="made")
     return target
+
+
+def key_of(*parts: Any) -> str:
+    """The key of what is made from these values."""
+    return hashlib.sha256(json.dumps([_FORMAT, *parts], sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def hash_files(files: Sequence[Path]) -> str:
+    """One checksum over names and bytes, in the order given."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\0".encode())
+    return digest.hexdigest()
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -20,6 +20,7 @@ from launcher.compat import BUILT_FIRST
 from launcher.errors import PreflightError
 from launcher.families import family
 from launcher.modelshape import trains_head
+from launcher.modelshape.small import small_sizes
 from launcher.plan import Plan
 from launcher.remotecode import Staged
 from launcher.rundir import read_json
@@ -28,11 +29,6 @@ from launcher.worker.data.batches import Batch, collator
 from launcher.worker.pulse import first_line
 from launcher.worker.staged import from_config, load_config, load_weights
 
-_LAYERS = ("num_layers", "num_hidden_layers", "n_layer")
-_HEADS = ("num_attention_heads", "n_head")
-_KEY_HEADS = ("num_key_value_heads", "multi_query_group_num")
-_WIDTHS = ("hidden_size", "n_embd")
-_MLPS = ("intermediate_size", "inner_hidden_size", "ffn_hidden_size", "n_inner")
 _TOLERANCE = 1e-5  # of the largest logit: the same kernels on the same weights
 
 
@@ -59,7 +55,7 @@ def try_small(plan: Plan, model_dir: Path, batch: Batch, staged: Staged) -> dict
     with tempfile.TemporaryDirectory(prefix="launch-trial-") as folder, uninitialised_memory_is_nan():
         small = Path(folder)
         try:
-            reference = _reference(model_dir, small, staged)
+            reference = small_copy(model_dir, small, staged)
             unsaved = {name: tensor.clone() for name, tensor in unsaved_tensors(reference).items()}
             wanted = _logits(reference, batch)
             if not wanted.isfinite().all():
@@ -101,25 +97,6 @@ def uninitialised_memory_is_nan() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-def small_sizes(config: Mapping[str, Any]) -> dict[str, int]:
-    """The sizes of a config that make it small: two layers, two heads as wide as before; the vocabulary stays, ids are real.
-
-    Raises:
-        KeyError: the config has no name for one of them that is known here.
-    """
-
-    def named(names: tuple[str, ...]) -> list[str]:
-        return [name for name in names if isinstance(config.get(name), int)]
-
-    if not (named(_LAYERS) and named(_HEADS) and named(_WIDTHS)):
-        raise KeyError("layers, heads or width")
-    head_dim = config[named(_WIDTHS)[0]] // config[named(_HEADS)[0]]
-    width = 2 * (config.get("head_dim") or config.get("kv_channels") or head_dim)
-    sizes = dict.fromkeys((*named(_LAYERS), *named(_HEADS)), 2) | dict.fromkeys(named(_WIDTHS), width)
-    sizes |= {name: min(2, config[name]) for name in named(_KEY_HEADS)}
-    return sizes | dict.fromkeys(named(_MLPS), 2 * width)
 
 
 def unsaved_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -177,12 +154,12 @@ class Recomputation:
             )
 
 
-def _reference(model_dir: Path, small: Path, staged: Staged) -> Any:
-    """The small copy as its code builds it, with random weights; the same weights as a model folder in `small`."""
+def small_copy(model_dir: Path, small: Path, staged: Staged, num_layers: int = 2) -> Any:
+    """A small copy as the model's code builds it, with random weights; the same weights as a model folder in `small`."""
     from safetensors.torch import save_file
 
     values = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    sizes = small_sizes({**load_config(model_dir, staged).to_dict(), **values})
+    sizes = small_sizes({**load_config(model_dir, staged).to_dict(), **values}, num_layers)
     (small / "config.json").write_text(json.dumps({**values, **sizes}), encoding="utf-8")
     model = from_config(load_config(small, staged), staged).float()
     draw = torch.Generator().manual_seed(0)

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 from launcher.errors import PreflightError
+from launcher.families import template
 from launcher.plan import Plan
 from launcher.rundir import write_json
 from launcher.worker.data.dataset import conversations
@@ -23,7 +24,7 @@ def train_tokenizer(plan: Plan, into: Path) -> None:
     rows, eval_rows, _ = conversations(plan)
     assert plan.recipe.model.config is not None
     vocab_size = plan.recipe.model.config.get("vocab_size", 32000)
-    special = ["<pad>", "<s>", "</s>"]
+    special = ["<pad>", "<s>", "</s>", *_named_tokens(plan)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -48,6 +49,21 @@ def train_tokenizer(plan: Plan, into: Path) -> None:
         "eos_token": "</s>",
     }
     write_json(into / "tokenizer_config.json", {**config, "clean_up_tokenization_spaces": False})
+
+
+def _named_tokens(plan: Plan) -> list[str]:
+    """Special tokens that the recipe's template names: in a rehearsal the tokenizer that has them may not be here."""
+    if plan.rehearsal is None or plan.recipe.data.template in ("auto", "chat"):
+        return []
+    named = template(plan.recipe.data.template)
+    names = [
+        *named.prefix_tokens,
+        *named.answer_tokens,
+        *named.tokens,
+        *named.roles.values(),
+        *([named.end] if named.end else []),
+    ]
+    return [name for name in dict.fromkeys(names) if name not in ("<s>", "</s>")]
 
 
 def random_model(plan: Plan, tokenizer_dir: Path, into: Path) -> None:

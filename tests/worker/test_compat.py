@@ -19,9 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from launcher.compat import FIXES, fixes_for
 from launcher.errors import PreflightError
+from launcher.modelshape.small import small_sizes
 from launcher.remotecode import Staged, find_code, read_code, stage
 from launcher.rundir import RunDir
-from launcher.worker.code_trial import Recomputation, small_sizes, try_small
+from launcher.worker.code_trial import Recomputation, try_small
 from launcher.worker.compat import mend, token_loss
 from launcher.worker.data.batches import collator
 from launcher.worker.data.tokens import IGNORED, Prompter

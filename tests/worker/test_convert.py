@@ -23,9 +23,9 @@ from launcher.rundir import RunDir
 from launcher.worker.convert import convert_model, wanted_config
 from launcher.worker.data.tokens import Prompter
 from launcher.worker.fused_adapter import write_fused
+from launcher.worker.modelfiles import hash_model
 from launcher.worker.native_tokenizer import convert_tokenizer, from_sentencepiece, texts
 from launcher.worker.original import original_layout, require_way_back
-from launcher.worker.prepare import hash_model
 from launcher.worker.prepared import read_prepared
 from tests.worker import originals
 from tests.worker.conftest import Job
