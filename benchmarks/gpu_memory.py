@@ -35,12 +35,12 @@ MODELS = {
     "Llama-3.1-8B": "meta-llama/Llama-3.1-8B",
 }
 WAYS: dict[str, Way] = {
-    "LoRA, 1 × 512": (LORA, False, 1, 512, "single", 1, "padded", 1),
-    "LoRA all-linear, dropout, 4 × 512": (WIDE, False, 4, 512, "single", 1, "padded", 1),
-    "LoRA, 4 × 1024 packed": (LORA, False, 4, 1024, "single", 1, "packed", 1),
-    "LoRA all-linear, dropout, checkpointing, 4 × 2048": (WIDE, True, 4, 2048, "single", 1, "padded", 2),
-    "full, 2 × 512": (FULL, False, 2, 512, "single", 1, "padded", 1),
-    "full, checkpointing, 4 × 1024": (FULL, True, 4, 1024, "single", 1, "padded", 2),
+    "LoRA, 1 × 512": Way(LORA, False, 1, 512, "single", 1, "padded", 1),
+    "LoRA all-linear, dropout, 4 × 512": Way(WIDE, False, 4, 512, "single", 1, "padded", 1),
+    "LoRA, 4 × 1024 packed": Way(LORA, False, 4, 1024, "single", 1, "packed", 1),
+    "LoRA all-linear, dropout, checkpointing, 4 × 2048": Way(WIDE, True, 4, 2048, "single", 1, "padded", 2),
+    "full, 2 × 512": Way(FULL, False, 2, 512, "single", 1, "padded", 1),
+    "full, checkpointing, 4 × 1024": Way(FULL, True, 4, 1024, "single", 1, "padded", 2),
 }
 
 
@@ -106,6 +106,7 @@ def _cells(found: dict[str, int]) -> list[str]:
 def measure(case: dict[str, Any]) -> dict[str, int]:
     """One case in this process: bytes predicted and found; only predicted, where it does not fit."""
     import torch
+
     from oracle import Steps, build, planned, trainer_of
 
     plan = planned(case["recipe"])

@@ -3,7 +3,8 @@
     python benchmarks/memory_honesty.py [real-size] [ranks] [--out benchmarks/results/memory_honesty_<hardware>_<date>.md]
 
 real-size: models of 6B to 70B as recipes would train them, `plan.memory` without its context against `oracle.observe`, which is
-as on CUDA: bf16 weights under an adapter, fp32 weights under autocast for full training, masks of padded rows.
+as on CUDA: bf16 weights under an adapter, fp32 weights under autocast for full training, masks of padded rows; int8 and nf4
+bases are bitsandbytes' own modules.
 
 ranks: three families, five strategies, LoRA and full training, with and without checkpointing, in real gloo ranks on CPU
 tensors: the same ledger on tensors that have data, real DDP buckets, real FSDP2 and DeepSpeed collectives. Two models each: a
@@ -26,7 +27,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from page import Page, environment
 
@@ -77,32 +78,49 @@ def models() -> dict[str, dict[str, Any]]:
 LORA: dict[str, Any] = {"type": "lora"}
 WIDE: dict[str, Any] = {"type": "lora", "targets": "all-linear", "dropout": 0.1}
 FULL: dict[str, Any] = {"type": "full"}
-# Adapter, checkpointing, rows, tokens of each, strategy, devices, batching, accumulation.
-Way = tuple[dict[str, Any], bool, int, int, str, int, str, int]
+
+
+class Way(NamedTuple):
+    """How a model is trained: rows and tokens of each are those of a micro batch."""
+
+    adapter: dict[str, Any]
+    checkpointing: bool
+    rows: int
+    length: int
+    strategy: str
+    devices: int
+    batching: str
+    accumulation: int
+    quantization: str = "none"
+
+
 WAYS: dict[str, Way] = {
-    "LoRA, 1 × 512": (LORA, False, 1, 512, "single", 1, "padded", 1),
-    "LoRA all-linear, dropout, 2 × 1024": (WIDE, False, 2, 1024, "single", 1, "padded", 1),
-    "LoRA, 4 × 1024 packed": (LORA, False, 4, 1024, "single", 1, "packed", 1),
-    "LoRA all-linear, dropout, checkpointing, 1 × 8192": (WIDE, True, 1, 8192, "single", 1, "padded", 2),
-    "full, checkpointing, ddp on 8, 2 × 2048": (FULL, True, 2, 2048, "ddp", 8, "padded", 2),
-    "full, 2 × 2048": (FULL, False, 2, 2048, "single", 1, "padded", 1),
-    "full, checkpointing, fsdp on 8, 4 × 2048": (FULL, True, 4, 2048, "fsdp", 8, "padded", 1),
-    "full, fsdp on 8, 1 × 2048": (FULL, False, 1, 2048, "fsdp", 8, "padded", 2),
-    "LoRA, fsdp on 8, 1 × 512": (LORA, False, 1, 512, "fsdp", 8, "padded", 1),
+    "LoRA, 1 × 512": Way(LORA, False, 1, 512, "single", 1, "padded", 1),
+    "LoRA all-linear, dropout, 2 × 1024": Way(WIDE, False, 2, 1024, "single", 1, "padded", 1),
+    "LoRA, 4 × 1024 packed": Way(LORA, False, 4, 1024, "single", 1, "packed", 1),
+    "LoRA all-linear, dropout, checkpointing, 1 × 8192": Way(WIDE, True, 1, 8192, "single", 1, "padded", 2),
+    "full, checkpointing, ddp on 8, 2 × 2048": Way(FULL, True, 2, 2048, "ddp", 8, "padded", 2),
+    "full, 2 × 2048": Way(FULL, False, 2, 2048, "single", 1, "padded", 1),
+    "full, checkpointing, fsdp on 8, 4 × 2048": Way(FULL, True, 4, 2048, "fsdp", 8, "padded", 1),
+    "full, fsdp on 8, 1 × 2048": Way(FULL, False, 1, 2048, "fsdp", 8, "padded", 2),
+    "LoRA, fsdp on 8, 1 × 512": Way(LORA, False, 1, 512, "fsdp", 8, "padded", 1),
+    "LoRA over int8, 1 × 512": Way(LORA, False, 1, 512, "single", 1, "padded", 1, "int8"),
+    "LoRA all-linear over int8, checkpointing, 2 × 2048": Way(WIDE, True, 2, 2048, "single", 1, "padded", 1, "int8"),
+    "LoRA over nf4, checkpointing, 1 × 512": Way(LORA, True, 1, 512, "single", 1, "padded", 1, "nf4"),
+    "LoRA all-linear over nf4, dropout, 2 × 1024": Way(WIDE, False, 2, 1024, "single", 1, "padded", 1, "nf4"),
 }
 
 
 def recipe_of(config: dict[str, Any], way: Way, dtype: str = "auto") -> dict[str, Any]:
     """The recipe of a case, but for its data and its hardware."""
-    adapter, checkpointing, rows, length, strategy, devices, batching, accumulation = way
     return {
-        "model": {"config": config, "dtype": dtype},
-        "data": {"max_length": length, "batching": batching},
-        "adapter": adapter,
-        "strategy": {"type": strategy},
+        "model": {"config": config, "dtype": dtype, "quantization": way.quantization},
+        "data": {"max_length": way.length, "batching": way.batching},
+        "adapter": way.adapter,
+        "strategy": {"type": way.strategy},
         "train": {
-            "micro_batch": rows, "global_batch": rows * devices * accumulation, "max_steps": 2,
-            "gradient_checkpointing": checkpointing,
+            "micro_batch": way.rows, "global_batch": way.rows * way.devices * way.accumulation, "max_steps": 2,
+            "gradient_checkpointing": way.checkpointing,
         },
     }  # fmt: skip
 
@@ -126,7 +144,7 @@ def main() -> None:
 def real_size(page: Page, chosen: list[str] | None, ways: list[str] | None) -> None:
     """Every model in every way, on tensors without data."""
     cases = [
-        (f"{name}, {what}", recipe_of(config, way), way[5])
+        (f"{name}, {what}", recipe_of(config, way), way.devices)
         for name, config in models().items()
         if not chosen or name.startswith(tuple(chosen))
         for what, way in WAYS.items()
@@ -152,7 +170,10 @@ def real_size(page: Page, chosen: list[str] | None, ways: list[str] | None) -> N
 
 def compared(recipe: dict[str, Any], devices: int) -> tuple[Memory, Memory]:
     """Prediction and oracle of a recipe."""
-    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # as a rank does: PEFT would import it for a second
+    if recipe["model"]["quantization"] == "none":
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # as a rank does: PEFT would import it for a second
+    elif sys.modules.get("bitsandbytes", ...) is None:
+        del sys.modules["bitsandbytes"]
     from oracle import observe, planned
 
     plan = planned(recipe, devices)
@@ -194,7 +215,7 @@ def rank_ways(strategy: str) -> Iterator[tuple[str, Way]]:
     for adapter in (WIDE, FULL):
         for checkpointing in (False, True):
             name = f"{'full' if adapter is FULL else 'LoRA'}{', checkpointing' if checkpointing else ''}"
-            yield name, (adapter, checkpointing, 4, 128, strategy, devices, "padded", 1)
+            yield name, Way(adapter, checkpointing, 4, 128, strategy, devices, "padded", 1)
 
 
 def ranks(page: Page) -> None:

@@ -84,6 +84,20 @@ def test_sharded_over_eight_cards_too(adapter):
     assert plan.memory.total_bytes - plan.memory.context_bytes == pytest.approx(seen.total_bytes, rel=0.03)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_quantized_layers_keep_what_the_oracle_sees_them_keep(quantization, checkpointing):
+    """bitsandbytes' int8 layers hold their inputs, outside of what checkpointing could let go: it has to be the reentrant one."""
+    pytest.importorskip("bitsandbytes", reason="quantised bases need the extra bitsandbytes")
+    train = {"micro_batch": 2, "global_batch": 2, "max_steps": 2, "gradient_checkpointing": checkpointing}
+    asked = recipe(LLAMA_2_7B | FOUR_LAYERS, {}, train, data={"max_length": 1024})
+    asked["model"]["quantization"] = quantization
+    plan = planned(asked)
+    seen = observe(plan)
+    assert plan.memory.total_bytes - plan.memory.context_bytes == pytest.approx(seen.total_bytes, rel=0.03)
+    assert plan.memory.weights_bytes == pytest.approx(seen.weights_bytes, rel=1e-3)
+
+
 def test_the_oracle_sees_what_is_there_and_counts_it_once():
     """A tensor, its view, one that died, and one that shrank, by hand."""
     import torch

@@ -37,6 +37,7 @@ from launcher.plan import Plan
 from launcher.plan.deciding import Deciding
 from launcher.recipe import Recipe
 from launcher.rundir import RunDir
+from launcher.worker.model import DTYPES
 
 from .ledger import Ledger
 
@@ -102,6 +103,10 @@ def watch(plan: Plan, model: Any, trainer: Any) -> Memory:
     ledger = Ledger(plan.micro_batch * plan.recipe.data.max_length * plan.shape.vocab_size)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ledger.claim("weights", (*model.parameters(), *model.buffers()))
+    if plan.needs_bitsandbytes:
+        from .quantized import scales
+
+        ledger.claim("weights", scales(model))
     if plan.recipe.adapter.type != "full":
         ledger.claim("adapter", trained)
     with ledger:
@@ -181,13 +186,12 @@ def _on_fake_tensors(plan: Plan) -> Iterator[tuple[Any, Any]]:
     """The model and its Trainer on fake tensors; everything global is as before afterwards."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    assert plan.recipe.model.quantization == "none", "bitsandbytes computes on data, which is not there"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         with torch.device("meta"):
             model = build(plan)
         with _process_group(plan) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
-            _become_fake(model)
+            _become_fake(model, DTYPES[plan.dtype])
             model.to = lambda *_, **__: model  # everything is where it has to be, and parameters cannot be swapped here
             trainer = trainer_of(plan, model)
             if mesh is not None:
@@ -231,21 +235,28 @@ def build(plan: Plan) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from launcher.worker.adapters import with_adapter
-    from launcher.worker.model import DTYPES
 
     config = dict(plan.recipe.model.config or {})
     described = AutoConfig.for_model(config.pop("model_type"), **config)
     model = AutoModelForCausalLM.from_config(described, dtype=DTYPES[plan.weights_dtype])
     model.config.use_cache = False
+    if plan.recipe.model.quantization != "none":
+        from .quantized import quantize
+
+        quantize(model, plan)
     model = with_adapter(model, plan, 100)
     if plan.gradient_checkpointing:
         model.enable_input_require_grads()
     return model
 
 
-def _become_fake(model: Any) -> None:
+def _become_fake(model: Any, dtype: torch.dtype) -> None:
     """Replace every tensor of a model on meta by a fake one on a CPU; tied weights stay tied."""
     made: dict[int, Any] = {}
+    if any(type(module).__module__.startswith("bitsandbytes") for module in model.modules()):
+        from .quantized import fake_weights
+
+        made = fake_weights(model, dtype)
     for module in model.modules():
         for name, old in list(module._parameters.items()):
             if old is not None and id(old) not in made:
@@ -279,7 +290,6 @@ def shard(model: Any, mesh: Any, plan: Plan) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     from launcher.families import family
-    from launcher.worker.model import DTYPES
 
     dtype = DTYPES[plan.dtype]
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype)}

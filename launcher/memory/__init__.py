@@ -82,18 +82,18 @@ def _moments(request: MemoryRequest) -> Iterator[_Moment]:
     )
     activations = layers + _ends_bytes(request)
     again = kept if request.gradient_checkpointing else 0
-    always = _always_bytes(request)
+    always, written_out = _always_bytes(request), _dequantized_bytes(request)
     casts, head_cast, layer_casts = _casts_bytes(request)
     embedding, head, held, layer = _gathered_bytes(request)
 
     # The first layers are gathered; the head is gathered; the loss is there; the backward pass begins.
     yield 0, 0, always + 2 * embedding + (2 if held else 1) * layer, before
-    yield activations, 0, always + casts + held + 2 * head + layer, before
+    yield activations, 0, always + written_out + casts + held + 2 * head + layer, before
     yield activations, values * (c + 8 if c < 4 else 8), always + casts + held + (2 * head or layer), before
     yield activations, values * 12, always + (head_cast if again else casts) + held + head, before
     # The last layer goes backward; the one before it is gathered, while gradients leave.
     below = layers - layers // shape.num_layers
-    always_back = always + held + (layer_casts if again else casts - head_cast)
+    always_back = always + written_out + held + (layer_casts if again else casts - head_cast)
     always_back += embedding if held and request.full else 0  # the gradient of a tied head waits for the embedding's
     passing_layers = (3 if request.full else 2) * layer
     headed = max(before, _gradient_share(request, shape.head_parameters))
@@ -132,18 +132,21 @@ def _ends_bytes(request: MemoryRequest) -> int:
 
 
 def _always_bytes(request: MemoryRequest) -> int:
-    """Buffers that are there at every moment: DDP's buckets, and room for the widest matrix that is dequantized."""
+    """Buffers that are there at every moment, such as DDP's buckets."""
     shape = request.shape
     buffers = 0
-    if request.quantization != "none":
-        largest = max((in_features * out_features for in_features, out_features in shape.linears.values()), default=0)
-        buffers += largest * request.compute_dtype_bytes
     trained = request.trainable_parameters * trained_dtype_bytes(request)
     if request.strategy == "ddp" and request.num_processes > 1:
         buffers += trained
     if request.strategy.startswith("zero"):
         buffers += shape.hidden_size**2 * request.compute_dtype_bytes  # the bucket that transformers chooses for `auto`
     return buffers
+
+
+def _dequantized_bytes(request: MemoryRequest) -> int:
+    """The largest quantised matrix, written out in the compute dtype while its layer computes."""
+    sizes = (in_features * out_features for in_features, out_features in request.shape.linears.values())
+    return max(sizes, default=0) * request.compute_dtype_bytes if request.quantization != "none" else 0
 
 
 def _casts_bytes(request: MemoryRequest) -> tuple[int, int, int]:

@@ -143,9 +143,9 @@ def _inputs(request: MemoryRequest) -> int:
         shared = not dropout and (value_bytes == ADAPTER_DTYPE_BYTES or request.hands_over)
     kept = 0
     seen = set()
-    last = {name.rpartition(".")[0]: name for name in shape.linears}  # attention's and MLP's own output projection
+    last = {_block(name): name for name in shape.linears}  # attention's and MLP's own output projection
     for name, (in_features, _) in shape.linears.items():
-        block = name.rpartition(".")[0]
+        block = _block(name)
         key = (block, name == last[block])
         if name not in wanted or (shared and key in seen):
             continue
@@ -154,6 +154,13 @@ def _inputs(request: MemoryRequest) -> int:
         is_attention_output = key[1] and not block.startswith("mlp")
         kept += in_features * (0 if is_attention_output and (request.full or shared) else value_bytes)
         kept += in_features * _DROPOUT_MASK_BYTES[request.kind] if dropout else 0
-    if request.strategy == "zero3" and not request.full:
-        kept += (2 * shape.hidden_size + shape.mlp_width) * value_bytes  # DeepSpeed's linear layer keeps any input
+    if (request.strategy == "zero3" or request.quantization == "int8") and not request.full:
+        # The linear layers of DeepSpeed and of bitsandbytes keep any input; attention's own output is kept anyway.
+        inputs = {(_block(name), name == last[_block(name)]): size for name, (size, _) in shape.linears.items()}
+        kept += sum(size for (block, ends), size in inputs.items() if not ends or block.startswith("mlp")) * value_bytes
     return kept
+
+
+def _block(name: str) -> str:
+    """The part of a layer that a linear layer belongs to: attention or the MLP."""
+    return name.rpartition(".")[0]

@@ -36,7 +36,7 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype}
     if quantization != "none":
         options |= {
-            "quantization_config": _bitsandbytes(quantization, DTYPES[plan.dtype]),
+            "quantization_config": bitsandbytes_config(quantization, DTYPES[plan.dtype]),
             "device_map": {"": str(device)},
         }
     if code is not None and BUILT_FIRST in code.fixes:
@@ -64,7 +64,8 @@ def load_model(
     return model if quantization != "none" else model.to(device)
 
 
-def _bitsandbytes(quantization: str, compute_dtype: torch.dtype) -> Any:
+def bitsandbytes_config(quantization: str, compute_dtype: torch.dtype) -> Any:
+    """How transformers quantises the base: `int8`, or `nf4` with its scales quantised too."""
     from transformers import BitsAndBytesConfig
 
     if quantization == "int8":

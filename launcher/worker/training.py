@@ -42,7 +42,9 @@ def training_arguments(plan: Plan, run: RunDir, num_rows: int) -> TrainingArgume
     warmup = round(train.warmup * steps) if train.warmup < 1 else int(train.warmup)
     checkpointing: dict[str, Any] = {}
     if plan.gradient_checkpointing:
-        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        # bitsandbytes' int8 layers hold their inputs where the other kind of checkpointing cannot let go of them.
+        kwargs = {"use_reentrant": plan.recipe.model.quantization == "int8"}
+        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
     return TrainingArguments(
         output_dir=str(run.path),
         max_steps=steps,

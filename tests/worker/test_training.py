@@ -120,6 +120,15 @@ def test_every_way_to_train_lowers_the_loss(job: Job, settings: tuple[str, ...])
     assert evals[-1] < evals[0]
 
 
+def test_int8_layers_learn_the_same_with_and_without_checkpointing_on_two_ranks(job: Job, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="quantised bases need the extra bitsandbytes")
+    kept = Job(job.server, job.recipe, tmp_path / "kept")
+    settings = ("model.quantization=int8", "adapter.dropout=0.1", "train.max_steps=4")
+    for one, checkpointing in ((job, "true"), (kept, "false")):
+        assert one.start(*settings, f"train.gradient_checkpointing={checkpointing}") == [0, 0], one.logs()
+    assert job.losses() == kept.losses()
+
+
 def test_adalora_takes_ranks_away_and_resumes_exactly(job: Job, tmp_path: Path) -> None:
     settings = (
         "adapter.type=adalora",
