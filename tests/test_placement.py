@@ -68,7 +68,9 @@ def tried(
         flying = 1 if schedule == "naive" else min(last - at + 1, MICRO_BATCHES)
         needed = num * (layers.layer_bytes + flying * (layers.input_bytes if again else layers.kept_bytes))
         needed += layers.embedding_bytes if at == 0 else 0
-        needed += layers.head_bytes + layers.logits_bytes if head_here else 0
+        needed += layers.head_bytes + flying * layers.logits_bytes if head_here else 0
+        if schedule == "pipelined":
+            needed += layers.input_bytes * ((flying + 1 if at < last else 0) + (1 if at > 0 else 0))
         if again:
             needed += max(0, layers.again_bytes - (layers.logits_bytes if head_here else 0))
         if needed > here.budget_bytes:

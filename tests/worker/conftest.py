@@ -18,6 +18,7 @@ from launcher.cluster import resolve_cluster
 from launcher.modelshape import shape_of
 from launcher.plan import Plan, make_plan
 from launcher.recipe import load_recipe
+from launcher.recipe.device_maps import load_device_map
 from launcher.remotecode import planned_code
 from launcher.rundir import RunDir, read_events
 
@@ -48,10 +49,12 @@ class Job:
 
     def plan(self, *overrides: str) -> Plan:
         loaded = load_recipe(self.recipe, overrides)
-        cluster = resolve_cluster(loaded.recipe.hardware)
+        named = loaded.recipe.strategy.device_map
+        device_map = load_device_map(named)[1] if named is not None else None
+        cluster = resolve_cluster(loaded.recipe.hardware if device_map is None else device_map.devices)
         shape = shape_of(loaded.recipe.model, self.recipe.parent)
         model, code = planned_code(loaded.recipe.model, self.recipe.parent, self.recipe)
-        return make_plan("tiny", loaded.recipe.model_copy(update={"model": model}), cluster, shape, code)
+        return make_plan("tiny", loaded.recipe.model_copy(update={"model": model}), cluster, shape, code, device_map)
 
     def prepare(self, *overrides: str, resume: bool = False) -> Plan:
         """Plan and prepare; the plan."""
