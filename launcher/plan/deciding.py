@@ -301,7 +301,8 @@ class Deciding:
             largest = min(rows, _LARGEST_MICRO_BATCH[self.cluster.kind])
             return [size for size in range(largest, 0, -1) if rows % size == 0]
         if rows % train.micro_batch and not rest:
-            what = f"{num_replicas} ranks × micro batch {train.micro_batch}"
+            ranks = f"{num_replicas} ranks × " if num_replicas > 1 else ""
+            what = f"{ranks}micro batch {train.micro_batch}"
             message = _no_multiple(train.global_batch, num_replicas * train.micro_batch, what)
             self._problem("train.global_batch", message)
         return [train.micro_batch]

@@ -123,7 +123,12 @@ class Question:
 
     def _spread(self, option: Option, request: MemoryRequest, micro_batches: int) -> Candidate:
         """The best placement of a device map. A pipeline has to have work for all of its stages."""
-        found = spread(request, self.cluster, self.dtype, self.way(option), self.device_map)
+        way = self.way(option)
+        found = spread(request, self.cluster, self.dtype, way, self.device_map)
+        if (
+            found is None and self.recipe.train.micro_batch != "auto"
+        ):  # nothing smaller may be chosen: as full as it gets
+            found = spread(request, self.cluster, self.dtype, replace(way, spared=0.0), self.device_map)
         if found is None or (option.schedule == "pipelined" and len(found.stages) > micro_batches):
             endless = StepTime(
                 forward_s=math.inf, backward_s=0, recompute_s=0, optimizer_s=0, communication_s=0, tokens=1, basis=""
@@ -134,7 +139,8 @@ class Question:
     def way(self, option: Option) -> Way:
         """How the stages of a device map are run."""
         assert option.schedule is not None
-        spared = FREE_SHARE if self.recipe.train.micro_batch == "auto" else 0.0
+        placed_by_hand = self.device_map is not None and self.device_map.ranges() is not None
+        spared = 0.0 if placed_by_hand and self.recipe.train.micro_batch != "auto" else FREE_SHARE
         return Way(option.schedule, self.accumulation(option), option.gradient_checkpointing, spared, self.order)
 
     def _kinds(self) -> Sequence[Device]:

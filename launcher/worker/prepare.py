@@ -115,12 +115,7 @@ def prepare(plan: Plan, run: RunDir) -> Prepared:
         "data", data_hash, selection, recipe.train.seed, tokenizer_key, plan.shape.prompts, plan.shape.template
     )
     data_dir = made("data", data_key, cached, lambda into: _make_dataset(plan, tokenizer_dir, into, code))
-    if plan.batching == "packed":
-        tried_on = importlib.metadata.version("transformers"), importlib.metadata.version("torch")
-        packing_key = _key("packing", _hash_files([model_dir / "config.json"]), tried_on, code and code.code.sha256)
-        made("packing", packing_key, cached, lambda into: _try_packing(plan, model_dir, code))
-    if plan.deepspeed is not None:
-        _compile(plan)
+    _try_model(plan, model_dir, code, cached)
     left = read_json(data_dir / "report.json")
     if code is not None:
         code = _tried(plan, model_dir, data_dir, code, cached)
@@ -137,6 +132,20 @@ def prepare(plan: Plan, run: RunDir) -> Prepared:
         eos_token_ids=left["eos_token_ids"],
         report=DataReport.model_validate(left["report"]),
     )
+
+
+def _try_model(plan: Plan, model_dir: Path, code: Staged | None, cached: list[str]) -> None:
+    """What is tried on a small copy of the model, once for its config and these libraries; and what is compiled for it."""
+    tried_on = importlib.metadata.version("transformers"), importlib.metadata.version("torch")
+    config = _hash_files([model_dir / "config.json"])
+    if plan.batching == "packed":
+        packing_key = _key("packing", config, tried_on, code and code.code.sha256)
+        made("packing", packing_key, cached, lambda into: _try_packing(plan, model_dir, code))
+    if plan.pipeline is not None:
+        cut_key = _key("pipeline", config, tried_on, plan.shape.family)
+        made("pipeline", cut_key, cached, lambda into: _try_cut(plan, model_dir))
+    if plan.deepspeed is not None:
+        _compile(plan)
 
 
 def _compile(plan: Plan) -> None:
@@ -191,6 +200,16 @@ def _try_code(staged: Staged, model_dir: Path, run: RunDir) -> None:
     say(event="prepare", what="code", state="trying to load it")
     quiet_libraries()
     try_out(staged, model_dir, run.code)
+
+
+def _try_cut(plan: Plan, model_dir: Path) -> None:
+    """Leaves an empty folder in the cache where a model can be cut into stages."""
+    from launcher.worker.pipeline.trial import try_cut
+    from launcher.worker.quiet import quiet_libraries
+
+    say(event="prepare", what="pipeline", state="trying a small copy cut in two")
+    quiet_libraries()
+    try_cut(plan, model_dir)
 
 
 def _tried(plan: Plan, model_dir: Path, data_dir: Path, code: Staged, cached: list[str]) -> Staged:

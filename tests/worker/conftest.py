@@ -72,12 +72,7 @@ class Job:
 
     def ranks(self, plan: Plan) -> list[int]:
         """Run all ranks of what is prepared to their end; their exit codes."""
-        assert self.server.stdin is not None
-        assert self.server.stdout is not None
-        self.server.stdin.write(json.dumps({"plan": str(self.run.plan), "ranks": plan.num_processes}) + "\n")
-        self.server.stdin.flush()
-        codes: list[int] = json.loads(self.server.stdout.readline())
-        return codes
+        return ask(self.server, plan=str(self.run.plan), ranks=plan.num_processes)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in read_events(self.run)[0] if event["event"] == kind]
@@ -88,6 +83,16 @@ class Job:
 
     def logs(self) -> str:
         return "\n".join(path.read_text() for path in sorted(self.run.logs.glob("*rank*.log")))
+
+
+def ask(server: subprocess.Popen[str], **job: Any) -> list[int]:
+    """Have a job done; the exit codes of its ranks."""
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(json.dumps(job) + "\n")
+    server.stdin.flush()
+    codes: list[int] = json.loads(server.stdout.readline())
+    return codes
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ class Stage(torch.nn.Module):
         self.model = model
         self.planned = planned
         self.autocast_dtype = dtype
-        self.num_items = 1
+        self.num_items = 1.0
 
     @property
     def whole(self) -> Any:

@@ -115,6 +115,9 @@ class PipelinedTrainer(PlannedTrainer):
             if self.scale is not None and (folder / "loss_scale.json").is_file():
                 self.scale.value, self.scale.good_steps = json.loads((folder / "loss_scale.json").read_text())
         self.state.max_steps = self.args.max_steps
+        self.state.train_batch_size = (
+            self.args.train_batch_size
+        )  # what the Trainer looks for, should one rank go on from here
         self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
         self._loss = torch.zeros((), device=self.args.device)
         self._logged_step = self.state.global_step

@@ -142,7 +142,8 @@ class Pipeline:
             return self._run(micro, "gpipe", 1.0, training=False)
 
     def _run(self, micro: Micro, order: Order, scale: float, training: bool) -> torch.Tensor:
-        self.module.num_items = max(1, micro.num_items) if training else 1
+        # A larger loss by a smaller divisor: whatever is done to it behind the stage would keep the graphs of all micro batches alive.
+        self.module.num_items = max(1, micro.num_items) / scale if training else 1
         tensors = {name: part.to(self.device, non_blocking=True) for name, part in micro.batch.items()}
         ids, labels = tensors.pop("input_ids"), tensors.pop("labels")
         rows = len(ids) // micro.num
@@ -156,7 +157,7 @@ class Pipeline:
             output_args=torch.empty((), device="meta", requires_grad=True) if self.is_last else handed,
         )
         # Not the mean over micro batches: each loss is a share of the sum over all supervised tokens already.
-        schedule = SCHEDULES[order](stage, micro.num, loss_fn=lambda loss, _: loss * scale, scale_grads=False)
+        schedule = SCHEDULES[order](stage, micro.num, loss_fn=lambda loss, _: loss, scale_grads=False)
         losses: list[torch.Tensor] = []
         given = {**tensors, **({"labels": labels} if self.is_last else {})}
         go = schedule.step if training else schedule.eval
