@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from launcher.cluster import Cluster
+from launcher.cluster import Cluster, Device
 from launcher.plan import Plan
 from launcher.rundir import RunDir, cache_folder
 
@@ -69,6 +70,10 @@ def _environment(plan: Plan, run: RunDir) -> dict[str, str]:
 def worker_environment(plan: Plan) -> dict[str, str]:
     """Variables for libraries that read nothing else."""
     env = rank_environment(plan.cluster, plan.num_processes)
+    if (
+        plan.pipeline is not None and plan.kind == "cuda"
+    ):  # in the order of the stages, so that rank k finds its card as number k
+        env["CUDA_VISIBLE_DEVICES"] = _visible([plan.cluster.devices[stage.device] for stage in plan.stages])
     if plan.deepspeed is not None:
         # Operators that are compiled: kept by library versions, and by the ninja of this environment and no other.
         versions = "-".join(_version(name) for name in ("torch", "deepspeed"))
@@ -90,7 +95,7 @@ def rank_environment(cluster: Cluster, num_processes: int) -> dict[str, str]:
     }
     if cluster.kind == "cuda":
         env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the order of nvidia-smi, which the plan has
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(device.uuid or str(device.index) for device in cluster.devices)
+        env["CUDA_VISIBLE_DEVICES"] = _visible(cluster.devices)
     else:
         env["CUDA_VISIBLE_DEVICES"] = ""
         # One node: a host name that resolves to another interface would make gloo hang.
@@ -98,6 +103,10 @@ def rank_environment(cluster: Cluster, num_processes: int) -> dict[str, str]:
         # Threads that wait by spinning make a step twenty times as long where others compute on these cores too.
         env["OMP_WAIT_POLICY"] = "PASSIVE"
     return env
+
+
+def _visible(devices: Sequence[Device]) -> str:
+    return ",".join(device.uuid or str(device.index) for device in devices)
 
 
 def _torchrun(plan: Plan, host: str) -> tuple[str, ...]:

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from launcher.pipeline import Order, in_flight
+
 Schedule = Literal["naive", "pipelined"]
 
 
@@ -25,7 +27,8 @@ class Layers:
         num: layers.
         layer_bytes: of one layer: weights, adapter, gradients, optimizer state.
         kept_bytes: what one layer keeps for the backward pass.
-        input_bytes: what it keeps when it is computed again: its input. Also what goes from one device to the next.
+        input_bytes: what it keeps when it is computed again: its input. Also what goes from one device to the next, forward and
+            backward; a stage of a pipeline keeps its output until the gradient of it has come.
         again_bytes: what the one layer that is being computed again needs for that time, beside its input.
         embedding_bytes, head_bytes: weights at the two ends, with what trains them.
         logits_bytes: logits and loss, where the head is.
@@ -94,15 +97,20 @@ class _Piece:
 
 
 def place(
-    layers: Layers, places: Sequence[Place], schedule: Schedule, micro_batches: int = 1, recompute: bool | None = None
+    layers: Layers,
+    places: Sequence[Place],
+    schedule: Schedule,
+    micro_batches: int = 1,
+    recompute: bool | None = None,
+    order: Order = "1f1b",
 ) -> Placement | None:
     """The best placement, or None where nothing fits.
 
     Args:
-        micro_batches: in flight at most, in a pipeline.
+        micro_batches: of a step; in a pipeline several are in flight, by its order.
         recompute: True or False for every device; None chooses for each.
     """
-    search = _Search(layers, places, schedule, micro_batches, recompute)
+    search = _Search(layers, places, schedule, micro_batches, recompute, order)
     return search.best()
 
 
@@ -112,6 +120,7 @@ def cost_of(
     schedule: Schedule,
     micro_batches: int,
     recompute: bool | None,
+    order: Order,
     ranges: Sequence[tuple[int, int]],
 ) -> Placement | None:
     """The placement that somebody has written down, first and last layer of each device in order; None where it does not fit.
@@ -121,7 +130,7 @@ def cost_of(
     """
     if len(ranges) > len(places) or not ranges or ranges[-1][1] != layers.num - 1:
         raise ValueError(f"{len(ranges)} ranges up to layer {ranges[-1][1] if ranges else 0} for {layers.num} layers")
-    search = _Search(layers, places, schedule, micro_batches, recompute)
+    search = _Search(layers, places, schedule, micro_batches, recompute, order)
     stages = []
     for device, (first, last) in enumerate(ranges):
         after_it, num = len(ranges) - 1 - device, last + 1 - first
@@ -143,11 +152,13 @@ class _Search:
         schedule: Schedule,
         micro_batches: int,
         recompute: bool | None,
+        order: Order,
     ) -> None:
         self.layers = layers
         self.places = places
         self.naive = schedule == "naive"
         self.micro_batches = micro_batches
+        self.order = order
         self.modes = (False, True) if recompute is None else (recompute,)
 
     def best(self) -> Placement | None:
@@ -199,10 +210,13 @@ class _Search:
     def _memory(self, after_it: int, is_first: bool, recompute: bool) -> tuple[int, int]:
         """Bytes of a stage: what is there once, and of each layer."""
         layers, is_last = self.layers, after_it == 0
-        flying = 1 if self.naive else min(after_it + 1, self.micro_batches)
+        flying = 1 if self.naive else in_flight(self.order, after_it, self.micro_batches)
         each = layers.layer_bytes + flying * (layers.input_bytes if recompute else layers.kept_bytes)
         has_head = is_first if layers.ends_together else is_last
-        once = layers.embedding_bytes * is_first + (layers.head_bytes + layers.logits_bytes) * has_head
+        once = layers.embedding_bytes * is_first + (layers.head_bytes + flying * layers.logits_bytes) * has_head
+        if not self.naive:
+            # Outputs in flight, the gradient of one that comes, and that of an input which goes.
+            once += layers.input_bytes * ((flying + 1) * (not is_last) + (not is_first))
         # The layer that is computed again comes when the logits have gone.
         again = max(0, layers.again_bytes - layers.logits_bytes * has_head) if recompute else 0
         return once + again, each

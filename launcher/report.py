@@ -158,7 +158,7 @@ def _without_a_word(
     return Failure(
         rank=rank,
         host=host,
-        device=devices[min(rank, len(devices) - 1)].name,
+        device=devices[plan.device_of(rank)].name,
         step=max(steps),
         phase=phase,
         time=beat.get("time", 0.0),
@@ -341,7 +341,7 @@ def write_report(run: RunDir, plan: Plan, exit_code: int, story: Numbers, failur
             "exit_code": exit_code,
             "result": "done" if exit_code == 0 else "interrupted" if exit_code == InterruptedCode else "failed",
             **asdict(story),
-            "memory_predicted_bytes": plan.memory.total_bytes,
+            "memory_predicted_bytes": plan.fullest_bytes,
             "tokens_per_second_predicted": predicted_speed(plan, run),
             "data": prepared.get("report"),
             "checkpoints": [folder.name for folder in checkpoints],

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
+from launcher.pipeline import Order
 from launcher.placement import Layers, Place, Placement, Schedule, place
 
 MICRO_BATCHES = 3
@@ -44,31 +45,33 @@ def drawn(seed: int) -> tuple[Layers, list[Place]]:
     return layers, places
 
 
-def everything(layers: Layers, places: Sequence[Place], schedule: Schedule) -> Iterator[float]:
+def everything(layers: Layers, places: Sequence[Place], schedule: Schedule, passes: Order = "1f1b") -> Iterator[float]:
     """Seconds of every placement that fits, written down a second time and tried one by one."""
     for num_stages in range(1, len(places) + 1):
         for order in itertools.permutations(places, num_stages):
             for cuts in itertools.combinations_with_replacement(range(layers.num + 1), num_stages - 1):
                 sizes = [b - a for a, b in itertools.pairwise((0, *cuts, layers.num))]
                 for modes in itertools.product((False, True), repeat=num_stages):
-                    seconds = tried(layers, order, sizes, modes, schedule)
+                    seconds = tried(layers, order, sizes, modes, (schedule, passes))
                     if seconds is not None:
                         yield seconds
 
 
 def tried(
-    layers: Layers, order: Sequence[Place], sizes: Sequence[int], modes: Sequence[bool], schedule: Schedule
+    layers: Layers, order: Sequence[Place], sizes: Sequence[int], modes: Sequence[bool], how: tuple[Schedule, Order]
 ) -> float | None:
     """Seconds of one placement, None where a device has too little memory."""
-    last, times = len(order) - 1, []
+    (schedule, passes), last, times = how, len(order) - 1, []
     for at, (here, num, again) in enumerate(zip(order, sizes, modes, strict=True)):
         if num == 0 and at not in (0, last):
             return None
         head_here = at == (0 if layers.ends_together else last)
-        flying = 1 if schedule == "naive" else min(last - at + 1, MICRO_BATCHES)
+        flying = 1 if schedule == "naive" else MICRO_BATCHES if passes == "gpipe" else min(last - at + 1, MICRO_BATCHES)
         needed = num * (layers.layer_bytes + flying * (layers.input_bytes if again else layers.kept_bytes))
         needed += layers.embedding_bytes if at == 0 else 0
-        needed += layers.head_bytes + layers.logits_bytes if head_here else 0
+        needed += layers.head_bytes + flying * layers.logits_bytes if head_here else 0
+        if schedule == "pipelined":
+            needed += layers.input_bytes * ((flying + 1 if at < last else 0) + (1 if at > 0 else 0))
         if again:
             needed += max(0, layers.again_bytes - (layers.logits_bytes if head_here else 0))
         if needed > here.budget_bytes:
@@ -83,7 +86,7 @@ def tried(
     return sum(times) if schedule == "naive" else max(times)
 
 
-def check(found: Placement, layers: Layers, places: Sequence[Place], schedule: Schedule) -> None:
+def check(found: Placement, layers: Layers, places: Sequence[Place], how: tuple[Schedule, Order]) -> None:
     """A placement covers every layer once, in order, within every budget, and its seconds are what it costs."""
     assert [stage.start for stage in found.stages[1:]] == [stage.stop for stage in found.stages[:-1]]
     assert (found.stages[0].start, found.stages[-1].stop) == (0, layers.num)
@@ -91,22 +94,22 @@ def check(found: Placement, layers: Layers, places: Sequence[Place], schedule: S
     assert all(stage.memory_bytes <= places[stage.device].budget_bytes for stage in found.stages)
     order = [places[stage.device] for stage in found.stages]
     sizes = [stage.stop - stage.start for stage in found.stages]
-    seconds = tried(layers, order, sizes, [stage.recompute for stage in found.stages], schedule)
+    seconds = tried(layers, order, sizes, [stage.recompute for stage in found.stages], how)
     assert seconds == pytest.approx(found.seconds)
 
 
-@pytest.mark.parametrize("schedule", ["naive", "pipelined"])
+@pytest.mark.parametrize("how", [("naive", "1f1b"), ("pipelined", "1f1b"), ("pipelined", "gpipe")], ids="-".join)
 @pytest.mark.parametrize("block", range(4))
-def test_equal_to_trying_everything(schedule: Schedule, block: int) -> None:
+def test_equal_to_trying_everything(how: tuple[Schedule, Order], block: int) -> None:
     fitted = 0
     for seed in range(40 * block, 40 * block + 40):
         layers, places = drawn(seed)
-        best = min(everything(layers, places, schedule), default=math.inf)
-        found = place(layers, places, schedule, MICRO_BATCHES)
+        best = min(everything(layers, places, *how), default=math.inf)
+        found = place(layers, places, how[0], MICRO_BATCHES, order=how[1])
         assert (found is None) == (best == math.inf), seed
         if found is not None:
             fitted += 1
-            check(found, layers, places, schedule)
+            check(found, layers, places, how)
             assert found.seconds == pytest.approx(best), seed
     assert fitted > 10, "the drawn cases are not all hopeless"
 

@@ -17,7 +17,14 @@ from launcher.modelshape import (
     unmatched_saved,
     unmatched_targets,
 )
-from launcher.placement import Schedule
+from launcher.plan.mapped import (
+    enough_micro_batches,
+    explanations,
+    not_pipelined,
+    range_problems,
+    schedules,
+    why_micro_batches,
+)
 from launcher.plan.model import Batching, Decision, Dtype, Plan, Targets, budget_bytes
 from launcher.plan.searching import FREE_SHARE, Choice, Option, Question, alone, choose
 from launcher.recipe import Recipe
@@ -55,7 +62,7 @@ class Deciding:
         fixes = self._fixes()
         self._template()
         strategies = self._strategies()
-        self._check_ranges()
+        self.problems += range_problems(self.device_map, self.cluster, self.shape)
         self.dtype = self._dtype()
         targets = self._targets()
         batching = self._batching()
@@ -93,6 +100,7 @@ class Deciding:
             alternatives=choice.alternatives(),
             device_map=self.device_map,
             schedule=chosen.schedule,
+            pipeline=question.order if chosen.schedule == "pipelined" else None,
             stages=choice.chosen.stages,
             decisions=tuple(self.decisions),
             fixes=fixes,
@@ -151,21 +159,6 @@ class Deciding:
         for fix in fixes:
             self._decide("model.compat", f"{fix.name} ({fix.range})", fix.mends)
         return tuple(fix.name for fix in fixes)
-
-    def _check_ranges(self) -> None:
-        """Layers that a device map places by hand have to be those of this model, on devices that there are."""
-        ranges = self.device_map.ranges() if self.device_map is not None else None
-        if not ranges:
-            return
-        num, last = len(ranges), ranges[-1][1]
-        if last != self.shape.num_layers - 1:
-            found = f"places layers 0 to {last}, {self.shape.name} has {self.shape.num_layers} layers"
-            self._problem(
-                "strategy.device_map", f"{found}. Set placement: auto in it, or end with {self.shape.num_layers - 1}"
-            )
-        if num > self.cluster.num_devices:
-            found = f"has ranges for {num} devices, there are {self.cluster.num_devices}"
-            self._problem("strategy.device_map", f"{found}. Leave ranges out, or set placement: auto in it")
 
     def _strategies(self) -> list[str]:
         """The strategies that are open: the one that was asked for, or those that these devices and this adapter allow."""
@@ -272,9 +265,7 @@ class Deciding:
         """Every combination that the recipe leaves open."""
         asked = self.recipe.train.gradient_checkpointing
         if strategies == ["device_map"]:
-            again = None if asked == "auto" else asked
-            sizes = self._sizes(question.num_replicas("device_map"))
-            return [Option("device_map", again, size, schedule) for schedule in self._schedules() for size in sizes]
+            return self._mapped(None if asked == "auto" else asked)
         checkpointing = [False, True] if asked == "auto" else [asked]
         return [
             Option(strategy, checkpointed, size)
@@ -283,14 +274,21 @@ class Deciding:
             for size in self._sizes(question.num_replicas(strategy))
         ]
 
-    def _schedules(self) -> list[Schedule]:
-        """The schedules of a device map that are open; quantised weights are only run naively."""
-        asked = self.recipe.strategy.schedule
-        if asked == "auto" and self.device_map is not None:
-            asked = self.device_map.schedule
-        if asked != "auto":
-            return [asked]
-        return ["naive"] if self.recipe.model.quantization != "none" else ["naive", "pipelined"]
+    def _mapped(self, checkpointing: bool | None) -> list[Option]:
+        """Every schedule and micro batch of a device map that the recipe leaves open."""
+        open_ = schedules(self.recipe, self.shape, self.cluster, self.device_map)
+        sizes, options = self._sizes(1), []
+        for schedule in open_:
+            of_it = sizes
+            if schedule == "pipelined":
+                of_it, problem = enough_micro_batches(self.recipe, self.cluster, self.device_map, sizes)
+                refused = not_pipelined(self.recipe, self.shape, self.cluster)
+                if refused:
+                    problem = Problem("strategy.schedule", f"{refused}. Set strategy.schedule=naive")
+                if problem and open_ == ["pipelined"]:
+                    self.problems.append(problem)
+            options += [Option("device_map", checkpointing, size, schedule) for size in of_it]
+        return options
 
     def _sizes(self, num_replicas: int) -> list[int]:
         """Micro batches that make up the global batch, largest first; what the recipe sets, where it sets one."""
@@ -303,7 +301,8 @@ class Deciding:
             largest = min(rows, _LARGEST_MICRO_BATCH[self.cluster.kind])
             return [size for size in range(largest, 0, -1) if rows % size == 0]
         if rows % train.micro_batch and not rest:
-            what = f"{num_replicas} ranks × micro batch {train.micro_batch}"
+            ranks = f"{num_replicas} ranks × " if num_replicas > 1 else ""
+            what = f"{ranks}micro batch {train.micro_batch}"
             message = _no_multiple(train.global_batch, num_replicas * train.micro_batch, what)
             self._problem("train.global_batch", message)
         return [train.micro_batch]
@@ -316,34 +315,19 @@ class Deciding:
         if question.weights_dtype(option.strategy) != self.dtype:
             self._decide("weights", "fp32", f"{self.dtype} alone loses small updates of trained weights")
         if option.strategy == "device_map":
-            self._explain_map(choice)
+            self.decisions += explanations(question, choice)
         if recipe.train.micro_batch == "auto":
             budget = budget_bytes(option.strategy, self.cluster) * (1 - FREE_SHARE) / GIB
             limit = _LARGEST_MICRO_BATCH[self.cluster.kind]
             because = f"the fastest that fits {budget:.1f} GiB, at most {limit}, and divides the global batch"
+            if option.schedule == "pipelined":
+                because = f"the fastest that fits: {why_micro_batches(question, choice.chosen, self._sizes(1))}"
             self._decide("train.micro_batch", str(option.micro_batch), because)
         if recipe.train.gradient_checkpointing == "auto":
             because = "everything fits without computing layers twice"
             if choice.chosen.gradient_checkpointing:
                 because = "activations do not fit without, or only of batches too small to be fast"
             self._decide("train.gradient_checkpointing", str(choice.chosen.gradient_checkpointing).lower(), because)
-
-    def _explain_map(self, choice: Choice) -> None:
-        """Why this schedule, and whether one device alone would do better."""
-        option, seconds = choice.chosen.option, choice.chosen.time.total_s
-        others = [c for c in choice.others if c.fits and c.option.schedule not in (None, option.schedule)]
-        if self.recipe.strategy.schedule == "auto" and (self.device_map is None or self.device_map.schedule == "auto"):
-            because = "the only one that is possible here"
-            if others:
-                because = f"{others[0].time.total_s / seconds:.2f} × as fast as {others[0].option.schedule}"
-            self._decide("strategy.schedule", str(option.schedule), because)
-        better = [c for c in choice.others if c.device is not None and c.fits and c.time.total_s < seconds]
-        if better:
-            best = min(better, key=lambda candidate: candidate.time.total_s)
-            because = (
-                f"{seconds / best.time.total_s:.2f} × as fast by itself: strategy.type=single hardware='{best.device}'"
-            )
-            self._decide("warning", f"one {best.device} is enough", because)
 
 
 def _reason(choice: Choice, num_devices: int) -> str:

@@ -10,6 +10,7 @@ from launcher.cluster import Cluster
 from launcher.memory import Memory
 from launcher.modelshape import ModelShape
 from launcher.native import Native
+from launcher.pipeline import Order
 from launcher.placement import Schedule
 from launcher.recipe import Recipe
 from launcher.recipe.device_maps import DeviceMap
@@ -58,7 +59,8 @@ class StagePlan(BaseModel):
         device: its place among the cluster's devices.
         embedding, head: whether these lie here too, the head with the last norm.
         recompute: whether its layers are computed again in the backward pass.
-        memory_bytes: at its fullest; seconds: of one micro batch, forward and backward.
+        memory_bytes: at its fullest; seconds: of one micro batch, forward and backward; forward_s: its part of them.
+        waits: share of a step in which the device has nothing to compute.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -71,6 +73,8 @@ class StagePlan(BaseModel):
     recompute: bool
     memory_bytes: int
     seconds: float
+    forward_s: float
+    waits: float
 
 
 class Rehearsal(BaseModel):
@@ -103,7 +107,9 @@ class Plan(BaseModel):
         deepspeed: DeepSpeed's JSON, None where it is not used.
         code: the model's own .py files that are executed; None for none, and where they have not been fetched yet.
         device_map: what strategy.device_map names.
-        schedule: naive or pipelined under a device map, else None; stages: in the order of the layers.
+        schedule: naive or pipelined under a device map, else None; stages: in the order of the layers, and then of the ranks.
+        pipeline: the order of forward and backward passes where it is pipelined, else None; accumulation is then the micro
+            batches of a step, which go through all stages.
         resume_from: checkpoint folder below the run directory, None for a fresh start.
         rehearsal: what this is the rehearsal of, None for a run in earnest.
     """
@@ -132,6 +138,7 @@ class Plan(BaseModel):
     alternatives: tuple[Alternative, ...]
     decisions: tuple[Decision, ...]
     schedule: Schedule | None = None
+    pipeline: Order | None = None
     device_map: DeviceMap | None = None
     stages: tuple[StagePlan, ...] = ()
     fixes: tuple[str, ...] = ()
@@ -144,6 +151,24 @@ class Plan(BaseModel):
     def kind(self) -> str:
         """cuda or cpu."""
         return self.cluster.kind
+
+    @property
+    def waiting(self) -> float:
+        """The bubble: share of a step in which the devices of a device map have nothing to compute, their mean."""
+        return sum(stage.waits for stage in self.stages) / len(self.stages) if self.stages else 0.0
+
+    @property
+    def fullest_bytes(self) -> int:
+        """What the fullest rank takes: under a pipeline its fullest stage."""
+        if self.pipeline is None:
+            return self.memory.total_bytes
+        return max(stage.memory_bytes for stage in self.stages)
+
+    def device_of(self, rank: int) -> int:
+        """The place among the cluster's devices of a rank's own; the first one for the one rank of a naive device map."""
+        if self.pipeline is not None:
+            return self.stages[rank].device
+        return min(rank, self.cluster.num_devices - 1)
 
     @property
     def needs_bitsandbytes(self) -> bool:

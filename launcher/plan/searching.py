@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from launcher.cluster import Cluster, Device
 from launcher.memory import Memory, MemoryRequest, estimate
 from launcher.modelshape import ModelShape
+from launcher.pipeline import Order
 from launcher.placement import Schedule
 from launcher.plan.model import DTYPE_BYTES, Alternative, Batching, Dtype, Plan, StagePlan, budget_bytes
-from launcher.plan.spreading import Way, spread
+from launcher.plan.spreading import Way, spread, time_of_stages
 from launcher.recipe import Recipe
 from launcher.recipe.device_maps import DeviceMap
 from launcher.steptime import StepTime, speed_of, step_time
@@ -74,6 +75,12 @@ class Question:
     trained: int
     device_map: DeviceMap | None = None
 
+    @property
+    def order(self) -> Order:
+        """The order of passes, where stages are pipelined."""
+        asked = self.recipe.strategy.pipeline
+        return "1f1b" if asked == "auto" else asked
+
     def num_processes(self, candidate: Candidate) -> int:
         """Ranks that are started: a naive device map is one process over all devices, a pipeline one for each stage."""
         if candidate.option.strategy != "device_map":
@@ -97,7 +104,7 @@ class Question:
 
     def price(self, option: Option) -> Candidate:
         """Memory and time of an option."""
-        request = self._request(option)
+        request = self.request(option)
         memory = estimate(request)
         num_replicas, accumulation = self.num_replicas(option.strategy), self.accumulation(option)
         if option.schedule is not None:
@@ -116,10 +123,12 @@ class Question:
 
     def _spread(self, option: Option, request: MemoryRequest, micro_batches: int) -> Candidate:
         """The best placement of a device map. A pipeline has to have work for all of its stages."""
-        assert option.schedule is not None
-        spared = FREE_SHARE if self.recipe.train.micro_batch == "auto" else 0.0
-        way = Way(option.schedule, micro_batches, option.gradient_checkpointing, spared)
+        way = self.way(option)
         found = spread(request, self.cluster, self.dtype, way, self.device_map)
+        if (
+            found is None and self.recipe.train.micro_batch != "auto"
+        ):  # nothing smaller may be chosen: as full as it gets
+            found = spread(request, self.cluster, self.dtype, replace(way, spared=0.0), self.device_map)
         if found is None or (option.schedule == "pipelined" and len(found.stages) > micro_batches):
             endless = StepTime(
                 forward_s=math.inf, backward_s=0, recompute_s=0, optimizer_s=0, communication_s=0, tokens=1, basis=""
@@ -127,11 +136,19 @@ class Question:
             return Candidate(option, estimate(request), endless, fits=False)
         return Candidate(option, found.memory, found.time, True, found.stages)
 
+    def way(self, option: Option) -> Way:
+        """How the stages of a device map are run."""
+        assert option.schedule is not None
+        placed_by_hand = self.device_map is not None and self.device_map.ranges() is not None
+        spared = 0.0 if placed_by_hand and self.recipe.train.micro_batch != "auto" else FREE_SHARE
+        return Way(option.schedule, self.accumulation(option), option.gradient_checkpointing, spared, self.order)
+
     def _kinds(self) -> Sequence[Device]:
         """One device of each kind: a thousand hosts are mostly alike."""
         return list({device.name: device for device in self.cluster.devices}.values())
 
-    def _request(self, option: Option) -> MemoryRequest:
+    def request(self, option: Option) -> MemoryRequest:
+        """What the memory of an option is asked for."""
         recipe = self.recipe
         return MemoryRequest(
             shape=self.shape,
@@ -185,8 +202,11 @@ def time_of_rows(plan: Plan, length: float) -> StepTime:
     question = Question(
         recipe, plan.cluster, plan.shape, plan.dtype, plan.batching, plan.trainable_parameters, plan.device_map
     )
-    again = None if plan.strategy == "device_map" else plan.gradient_checkpointing
-    return question.price(Option(plan.strategy, again, plan.micro_batch, plan.schedule)).time
+    option = Option(plan.strategy, plan.gradient_checkpointing, plan.micro_batch, plan.schedule)
+    if plan.schedule is None:
+        return question.price(option).time
+    way = question.way(replace(option, gradient_checkpointing=None))
+    return time_of_stages(plan.stages, way, question.request(option), plan.cluster, plan.dtype)
 
 
 def choose(question: Question, options: Sequence[Option]) -> Choice:

@@ -52,10 +52,10 @@ def check(plan: Plan, run_dir: Path) -> list[Finding]:
 
 
 def _strategy(plan: Plan) -> Iterator[Finding]:
-    if plan.strategy not in _RUNS:
+    if plan.strategy not in _RUNS and plan.pipeline is None:
         yield Finding(
             "error",
-            f"strategy.type: {plan.strategy}",
+            f"strategy.type: {' '.join(filter(None, (plan.strategy, plan.schedule)))}",
             "this version plans it but does not run it",
             _instead(plan),
         )
@@ -83,7 +83,7 @@ def _strategy(plan: Plan) -> Iterator[Finding]:
 def _instead(plan: Plan) -> str:
     """What to type for a strategy that is only planned yet."""
     if plan.strategy == "device_map":
-        return "train on one card: strategy.type=single strategy.device_map=null hardware=auto"
+        return "pipeline it: strategy.schedule=pipelined; or train on one card: strategy.type=single strategy.device_map=null hardware=auto"
     if plan.recipe.adapter.type == "full":
         return "train an adapter instead: adapter.type=lora strategy.type=ddp"
     return "set strategy.type=ddp"
@@ -106,10 +106,10 @@ def _devices(plan: Plan, found: Cluster) -> Iterator[Finding]:
             "error", planned, f"{plan.cluster.num_devices} devices planned, {found.num_devices} here", to_type
         )
         return
-    for wanted, here in zip(plan.cluster.devices, found.devices, strict=False):
-        free = here.memory_bytes - here.reserved_bytes
-        if free < plan.memory.total_bytes:
-            text = f"{here.name} has {free / GIB:.1f} GiB free, {plan.memory.total_bytes / GIB:.1f} GiB are planned"
+    for place, (wanted, here) in enumerate(zip(plan.cluster.devices, found.devices, strict=False)):
+        free, needed = here.memory_bytes - here.reserved_bytes, _planned_bytes(plan, place)
+        if free < needed:
+            text = f"{here.name} has {free / GIB:.1f} GiB free, {needed / GIB:.1f} GiB are planned"
             yield Finding(
                 "error", planned, text, "end what uses the card (nvidia-smi shows it), or plan for it: hardware=auto"
             )
@@ -117,6 +117,13 @@ def _devices(plan: Plan, found: Cluster) -> Iterator[Finding]:
             yield Finding(
                 "warning", planned, f"{here.name} is here instead of {wanted.name}", "plan for it: hardware=auto"
             )
+
+
+def _planned_bytes(plan: Plan, place: int) -> int:
+    """What the plan wants of one of the cluster's devices; none of one that a device map leaves out."""
+    if plan.stages:
+        return next((stage.memory_bytes for stage in plan.stages if stage.device == place), 0)
+    return plan.memory.total_bytes
 
 
 def _data(plan: Plan) -> Iterator[Finding]:
@@ -183,11 +190,13 @@ def _host_memory(plan: Plan) -> Iterator[Finding]:
 
     On a CPU that is the plan's own figure. With cards each rank loads the weights into host memory first: mapped from the file, and
     shared, where that has the wanted precision (2 MiB of 223 were a process's own, transformers 5.23), else a copy for
-    each rank (446 of 446). Quantised weights go to the card one by one.
+    each rank (446 of 446). Quantised weights go to the card one by one, and so do the tensors of a pipeline's stage.
     """
     num_ranks = plan.num_processes
     if plan.kind == "cpu":
-        each, why = plan.memory.total_bytes, "to train"
+        each, why = plan.memory.total_bytes // (num_ranks if plan.pipeline else 1), "to train"
+    elif plan.pipeline is not None:
+        each, why = CPU_CONTEXT_BYTES, "beside the cards"
     else:
         copied = plan.recipe.model.quantization == "none" and _weights_folder_dtypes(plan) != {
             _STORED[plan.weights_dtype]

@@ -173,6 +173,10 @@ class Strategy(Section):
         "auto",
         description="device_map: one device after the other, micro batches in flight on all of them, or the device map's own choice.",
     )
+    pipeline: Literal["auto", "1f1b", "gpipe"] = Field(
+        "auto",
+        description="pipelined: go backward with each micro batch as soon as that can be, or forward with all of them first; auto is 1f1b.",
+    )
 
 
 class EarlyStopping(Section):

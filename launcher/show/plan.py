@@ -29,16 +29,18 @@ def summary(plan: Plan) -> str:
     transport = f" over {'nccl' if plan.kind == 'cuda' else 'gloo'}" if plan.num_processes > 1 else ""
     base = f"{plan.shape.name} {count(plan.shape.num_parameters)}, {plan.dtype}"
     stored = "" if plan.recipe.model.quantization == "none" else f" ({plan.recipe.model.quantization} base)"
-    how_spread = plan.strategy if plan.schedule is None else f"{plan.strategy} {plan.schedule}"
+    how_spread = " ".join(filter(None, (plan.strategy, plan.schedule, plan.pipeline)))
     return f"{base}{stored} · {how} ({count(plan.trainable_parameters)} trained) · {devices}, {how_spread}{transport}"
 
 
 def batch(plan: Plan) -> str:
     """How a step is made up, and how much memory it takes."""
-    ranks = f"{plan.num_processes} rank{'s' if plan.num_processes > 1 else ''}"
+    ranks = f"{plan.num_processes} rank{'s' if plan.num_processes > 1 else ''} × accumulation {plan.accumulation}"
+    if plan.pipeline is not None:
+        ranks = f"{plan.accumulation} through {len(plan.stages)} stages"
     each = f"on {plan.cluster.num_devices} devices" if plan.strategy == "device_map" else "a device"
     return (
-        f"micro batch {plan.micro_batch} × {ranks} × accumulation {plan.accumulation} = {plan.global_batch} rows a step · "
+        f"micro batch {plan.micro_batch} × {ranks} = {plan.global_batch} rows a step · "
         f"{gib(plan.memory.total_bytes)} of {gib(budget_bytes(plan.strategy, plan.cluster))} GiB {each}"
     )
 
@@ -62,6 +64,7 @@ def show_plan(screen: Console, plan: Plan) -> None:
     if plan.stages:
         for place, stage in enumerate(plan.stages):
             line(screen, "layers" if place == 0 else "", _stage(plan, stage))
+        line(screen, "waiting", f"{plan.waiting:.0%} of a step on average: no device computes all the time")
     else:
         line(screen, "memory", _memory_bar(plan))
     line(screen, "time", _step_time(plan))
@@ -136,7 +139,7 @@ def _stage(plan: Plan, stage: StagePlan) -> str:
     free = device.memory_bytes - device.reserved_bytes - stage.memory_bytes
     return (
         f"{device.name:<14} {device.memory_bytes / GIB:4.1f} GiB  {bar}  {', '.join(parts)}{again}  "
-        f"{gib(stage.memory_bytes)} GiB, free {gib(free)}  {stage.seconds:.3g} s a micro batch"
+        f"{gib(stage.memory_bytes)} GiB, free {gib(free)}  {stage.seconds:.3g} s a micro batch, waits {stage.waits:.0%}"
     )
 
 

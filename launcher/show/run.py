@@ -175,7 +175,7 @@ def show_done(screen: Console, plan: Plan, outcome: Outcome, run: Path) -> None:
         parts.append(f"{story.tokens_per_second:,.0f} tok/s{expected}")
     parts.append(f"{sum(story.seconds.get(name, 0) for name in ('prepare', 'all')):.0f} s")
     if story.memory_bytes is not None:
-        parts.append(f"memory predicted {gib(plan.memory.total_bytes)}, measured {gib(story.memory_bytes)} GiB")
+        parts.append(f"memory predicted {gib(plan.fullest_bytes)}, measured {gib(story.memory_bytes)} GiB")
     if story.stopped_early and plan.recipe.train.early_stopping is not None:
         rounds = plan.recipe.train.early_stopping.patience
         found = f"at step {story.steps} of {story.max_steps}: no better in {rounds} evaluations"

@@ -37,7 +37,7 @@ def main(plan_path: str, parent: int | None = None) -> int:
     faulthandler.enable()
     pulse.beat("import")
     plan = Plan.model_validate_json(run.plan.read_text(encoding="utf-8"))
-    device_name = plan.cluster.devices[min(pulse.local_rank, len(plan.cluster.devices) - 1)].name
+    device_name = plan.cluster.devices[plan.device_of(pulse.rank)].name
     try:
         train(plan, run, pulse)
     except Exception as error:  # noqa: BLE001 - everything ends here: it is written down, reported first and turned into an exit code
@@ -68,10 +68,15 @@ def train(plan: Plan, run: RunDir, pulse: Pulse) -> None:
     pulse.beat("load")
     prepared = read_prepared(run)
     rows = _rows(prepared.data_dir)
-    model = build_model(plan, run, prepared, device, len(rows["train"]))
-    if plan.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
-        model.enable_input_require_grads()
-    trainer = PlannedTrainer(plan, run, prepared, {"model": model, **rows}, pulse)
+    if plan.pipeline is not None:
+        from launcher.worker.pipeline.loop import pipelined_trainer
+
+        trainer: PlannedTrainer = pipelined_trainer(plan, run, prepared, device, rows, pulse)
+    else:
+        model = build_model(plan, run, prepared, device, len(rows["train"]))
+        if plan.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+        trainer = PlannedTrainer(plan, run, prepared, {"model": model, **rows}, pulse)
     if pulse.rank == 0:
         append_event(run, {"event": "ready", "time": time.time(), "ranks": plan.num_processes})
     pulse.beat("train")
@@ -91,11 +96,11 @@ def _connect(plan: Plan, torch: Any) -> None:
             f"this one was started as one of {world_size}",
             "start the run with: launch RECIPE",
         )
-    if world_size == 1 and plan.deepspeed is None:
+    if world_size == 1 and plan.deepspeed is None and plan.pipeline is None:
         # accelerate wraps even a single rank of torchrun into DDP, which keeps all gradients a second time.
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             os.environ.pop(name, None)
-    if world_size > 1:
+    if world_size > 1 or plan.pipeline is not None:
         torch.distributed.init_process_group("nccl" if plan.kind == "cuda" else "gloo")
     if plan.deepspeed is not None:
         from launcher.worker.zero import connect

@@ -3,7 +3,8 @@
     adapter_model.safetensors  or  model-0000k-of-0000n.safetensors    weights, readable by PEFT and transformers
     optimizer-rank<k>.safetensors                                      the share of optimizer state that rank k wrote, by parameter name
     optimizer.json                                                     scalars of the optimizer and the scheduler's step
-    rng_state*.pth, trainer_state.json, adalora.safetensors            random states, the Trainer's counters, AdaLoRA's scores
+    rng_state*.pth, rng-rank<k>.safetensors                            random states, of the Trainer's ranks and of a pipeline's
+    trainer_state.json, adalora.safetensors                            the Trainer's counters, AdaLoRA's scores
     manifest.json                                                      the commit marker
 
 Optimizer state goes by parameter name, so that another number of ranks can read it, and as safetensors, so that nothing is unpickled.
@@ -31,6 +32,7 @@ from launcher.rundir import RunDir, write_atomic
 from launcher.worker.dtensors import local, placed_like
 
 State = dict[str, Any]
+_OPTIMIZER = "optimizer.json"
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,11 @@ class Position:
     eval_loss: float | None
 
 
-def save_checkpoint(run: RunDir, plan: Plan, at: Position, write: Callable[[Path], None]) -> Path:
-    """Commit checkpoints/step-N. Called by every rank; `write` puts this rank's files into the folder it is given.
+def save_checkpoint(
+    run: RunDir, plan: Plan, at: Position, write: Callable[[Path], None], join: Callable[[Path], None] | None = None
+) -> Path:
+    """Commit checkpoints/step-N. Called by every rank; `write` puts this rank's files into the folder it is given, then `join` on rank 0
+    makes of them what it has to be.
 
     Raises:
         OSError: a file could not be written; the staging folder is removed and nothing older is touched.
@@ -62,7 +67,7 @@ def save_checkpoint(run: RunDir, plan: Plan, at: Position, write: Callable[[Path
     except (OSError, RuntimeError, SafetensorError) as failure:
         # torch and safetensors have errors of their own for a full disk.
         error = f"rank {rank}: {failure}"
-    errors = [message for message in _gather(error) if message]
+    errors = [message for message in gathered(error) if message]
     if errors:
         if rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
@@ -83,10 +88,14 @@ def save_checkpoint(run: RunDir, plan: Plan, at: Position, write: Callable[[Path
             files={},
         )
         try:
+            if join is not None:
+                join(staging)
             _commit(staging, target, manifest)
-        except OSError:
+        except (OSError, SafetensorError) as failure:
             shutil.rmtree(staging, ignore_errors=True)
-            raise
+            if isinstance(failure, OSError):
+                raise
+            raise OSError(f"checkpoint step-{at.step} was not saved: rank 0: {failure}") from failure
         _rotate(run, plan, target)
     _barrier()
     return target
@@ -134,35 +143,51 @@ def _rotate(run: RunDir, plan: Plan, newest: Path) -> None:
             shutil.rmtree(doomed)
 
 
-def write_optimizer(folder: Path, optimizer: Any, scheduler: Any, model: torch.nn.Module) -> None:
+def write_optimizer(
+    folder: Path, optimizer: Any, scheduler: Any, model: torch.nn.Module, own_parameters: bool = False
+) -> None:
     """This rank's share of the optimizer's state, and on rank 0 what is no tensor.
 
     Ranks that hold the same state share the writing; where it is sharded (FSDP2) each writes its rows of everything.
+
+    Args:
+        own_parameters: each rank trains others (a pipeline) and writes all of its state; `join_optimizer` has to follow.
     """
     names = _parameter_names(optimizer, model)
     state: dict[int, State] = optimizer.state_dict()["state"]
     rank, num_ranks = _rank(), _num_ranks()
-    is_sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    everything = own_parameters or any(isinstance(parameter, DTensor) for parameter in model.parameters())
     mine = {
         f"{names[index]}|{key}": local(value).detach().cpu().contiguous()
         for place, index in enumerate(sorted(state))
-        if is_sharded or place % num_ranks == rank
+        if everything or place % num_ranks == rank
         for key, value in _flat(state[index]).items()
         if isinstance(value, torch.Tensor)
     }
+    rest = {names[i]: {k: v for k, v in _flat(values).items() if _is_plain(v)} for i, values in state.items()}
     save_file(mine, folder / f"optimizer-rank{rank}.safetensors")
-    if rank == 0:
-        rest = {names[i]: {k: v for k, v in _flat(values).items() if _is_plain(v)} for i, values in state.items()}
-        left = {"scalars": rest, "parameters": [names[i] for i in sorted(state)], "last_epoch": scheduler.last_epoch}
-        (folder / "optimizer.json").write_text(json.dumps(left))
+    if rank == 0 or own_parameters:
+        left = {"scalars": rest, "parameters": list(rest), "last_epoch": scheduler.last_epoch}
+        name = f"optimizer-rank{rank}.json" if own_parameters else _OPTIMIZER
+        (folder / name).write_text(json.dumps(left))
+
+
+def join_optimizer(folder: Path) -> None:
+    """One file of what is no tensor, from those of all ranks."""
+    parts = sorted(folder.glob("optimizer-rank*.json"))
+    read = [json.loads(part.read_text()) for part in parts]
+    scalars = {name: values for left in read for name, values in left["scalars"].items()}
+    (folder / _OPTIMIZER).write_text(json.dumps({**read[0], "scalars": scalars, "parameters": list(scalars)}))
+    for part in parts:
+        part.unlink()
 
 
 def read_optimizer(folder: Path, optimizer: Any, model: torch.nn.Module) -> int:
-    """Put the state back, of all shards or of this rank's rows; the scheduler's step.
+    """Put the state back, of all shards or of this rank's rows, of the parameters that this rank has; the scheduler's step.
 
     Learning rate, weight decay and the like come from the recipe, not from the checkpoint.
     """
-    left = json.loads((folder / "optimizer.json").read_text())
+    left = json.loads((folder / _OPTIMIZER).read_text())
     by_name: dict[str, State] = {name: dict(left["scalars"].get(name, {})) for name in left["parameters"]}
     parameters = dict(model.named_parameters())
     is_sharded = any(isinstance(parameter, DTensor) for parameter in parameters.values())
@@ -170,7 +195,8 @@ def read_optimizer(folder: Path, optimizer: Any, model: torch.nn.Module) -> int:
         with safe_open(shard, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - a safe_open is no mapping
                 name, _, kind = key.rpartition("|")
-                by_name[name][kind] = placed_like(parameters[name], file.get_tensor(key))
+                if name in parameters:
+                    by_name[name][kind] = placed_like(parameters[name], file.get_tensor(key))
     names = _parameter_names(optimizer, model)
     current = optimizer.state_dict()
     state = {index: _nested(by_name[name]) for index, name in names.items() if name in by_name}
@@ -240,7 +266,7 @@ def _barrier() -> None:
         dist.barrier()
 
 
-def _gather(value: Any) -> list[Any]:
+def gathered(value: Any) -> list[Any]:
     """The value of every rank, on every rank."""
     if not dist.is_initialized():
         return [value]

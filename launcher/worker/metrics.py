@@ -101,7 +101,9 @@ class Metrics(TrainerCallback):
         if self.writer is None:
             return
         step, seconds = state.global_step, max(row[3] for row in ranks)
-        real, slots = sum(row[0] for row in ranks), sum(row[2] for row in ranks)
+        # All stages of a pipeline work on the same rows.
+        copies = len(self.plan.stages) if self.plan.pipeline else 1
+        real, supervised, slots = (sum(row[place] for row in ranks) / copies for place in range(3))
         values = {
             "train/loss": logs["loss"],
             "train/learning_rate": logs["learning_rate"],
@@ -109,7 +111,7 @@ class Metrics(TrainerCallback):
             "train/epoch": state.epoch,
             "speed/tokens_per_second": real / seconds,
             "speed/padding_share": 1 - real / slots if slots else 0.0,
-            "data/supervised_share": sum(row[1] for row in ranks) / real if real else 0.0,
+            "data/supervised_share": supervised / real if real else 0.0,
         }
         for rank, row in enumerate(ranks):
             values[f"speed_per_rank/tokens_per_second_{rank}"] = row[0] / row[3]

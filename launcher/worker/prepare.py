@@ -87,12 +87,7 @@ def prepare(plan: Plan, run: RunDir) -> Prepared:
         plan.shape.template,
     )
     data_dir = made("data", data_key, cached, lambda into: _make_dataset(plan, model.tokenizer_dir, into, code))
-    if plan.batching == "packed":
-        tried_on = importlib.metadata.version("transformers"), importlib.metadata.version("torch")
-        packing_key = key_of("packing", hash_files([model_dir / "config.json"]), tried_on, code and code.code.sha256)
-        made("packing", packing_key, cached, lambda into: _try_packing(plan, model_dir, code))
-    if plan.deepspeed is not None:
-        _compile(plan)
+    _try_model(plan, model_dir, code, cached)
     left = read_json(data_dir / "report.json")
     if code is not None:
         code = _tried(plan, model_dir, data_dir, code, cached)
@@ -109,6 +104,20 @@ def prepare(plan: Plan, run: RunDir) -> Prepared:
         eos_token_ids=left["eos_token_ids"],
         report=DataReport.model_validate(left["report"]),
     )
+
+
+def _try_model(plan: Plan, model_dir: Path, code: Staged | None, cached: list[str]) -> None:
+    """What is tried on a small copy of the model, once for its config and these libraries; and what is compiled for it."""
+    tried_on = importlib.metadata.version("transformers"), importlib.metadata.version("torch")
+    config = hash_files([model_dir / "config.json"])
+    if plan.batching == "packed":
+        packing_key = key_of("packing", config, tried_on, code and code.code.sha256)
+        made("packing", packing_key, cached, lambda into: _try_packing(plan, model_dir, code))
+    if plan.pipeline is not None:
+        cut_key = key_of("pipeline", config, tried_on, plan.shape.family)
+        made("pipeline", cut_key, cached, lambda into: _try_cut(plan, model_dir))
+    if plan.deepspeed is not None:
+        _compile(plan)
 
 
 def _compile(plan: Plan) -> None:
@@ -133,6 +142,16 @@ def _compile(plan: Plan) -> None:
                 "install a C++ compiler and ninja (pip install ninja), or set strategy.offload=none",
             )
         say(event="prepare", what="deepspeed", state=f"{name} is compiled")
+
+
+def _try_cut(plan: Plan, model_dir: Path) -> None:
+    """Leaves an empty folder in the cache where a model can be cut into stages."""
+    from launcher.worker.pipeline.trial import try_cut
+    from launcher.worker.quiet import quiet_libraries
+
+    say(event="prepare", what="pipeline", state="trying a small copy cut in two")
+    quiet_libraries()
+    try_cut(plan, model_dir)
 
 
 def _tried(plan: Plan, model_dir: Path, data_dir: Path, code: Staged, cached: list[str]) -> Staged:

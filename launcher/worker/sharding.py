@@ -41,6 +41,22 @@ def build_model(plan: Plan, run: RunDir, prepared: Prepared, device: torch.devic
     to go on from."""
     if plan.strategy not in PARAMETERS_SHARDED:
         return _adapted(load_model(plan, prepared.model_dir, device, code=prepared.code), plan, num_rows)
+    model, weights = unplaced_model(plan, run, prepared, num_rows)
+    if plan.strategy == "fsdp":
+        shard(model, plan, device)
+        if weights is not None:
+            _fill(model, weights)
+    elif weights is not None:
+        zero.partition(model, weights, plan, device)
+    return model
+
+
+def unplaced_model(plan: Plan, run: RunDir, prepared: Prepared, num_rows: int) -> tuple[Any, Weights | None]:
+    """The model, adapter and all, before anything of it lies on a device.
+
+    Without memory, beside what its weights are read from, at once those of the checkpoint to go on from; or all of it in host memory and
+    None, where its files cannot be read by tensor.
+    """
     checkpoint = run.path / plan.resume_from if plan.resume_from else None
     full = plan.recipe.adapter.type == "full"
     folder = checkpoint if checkpoint is not None and full else Path(prepared.model_dir)
@@ -59,13 +75,7 @@ def build_model(plan: Plan, run: RunDir, prepared: Prepared, device: torch.devic
         from peft import set_peft_model_state_dict
 
         set_peft_model_state_dict(model, load_file(checkpoint / ADAPTER_FILE))
-    if plan.strategy == "fsdp":
-        shard(model, plan, device)
-        if weights is not None:
-            _fill(model, weights)
-    elif weights is not None:
-        zero.partition(model, weights, plan, device)
-    return model
+    return model, weights
 
 
 def _adapted(model: Any, plan: Plan, num_rows: int) -> Any:
@@ -184,15 +194,25 @@ def write_weights(folder: Path, model: Any, plan: Plan) -> None:
     if error is not None:
         raise error
     if dist.get_rank() == 0:
-        kept = {name: file_name for file_name, names in files.items() for name in names}
-        size = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
-        write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": kept})
+        write_index(folder, {name: file_name for file_name, names in files.items() for name in names})
         model.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
 
 
+def write_index(folder: Path, kept: dict[str, str]) -> None:
+    """What tells transformers which weight is in which file."""
+    size = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
+    write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": kept})
+
+
 def _files(model: torch.nn.Module, max_shard_size: str) -> dict[str, list[str]]:
     """File name -> names of the weights in it, in the order in which they are gathered."""
+    groups = in_files(model, max_shard_size)
+    return {f"model-{place:05d}-of-{len(groups):05d}.safetensors": names for place, names in enumerate(groups, 1)}
+
+
+def in_files(model: torch.nn.Module, max_shard_size: str) -> list[list[str]]:
+    """The names of the weights of each file."""
     number, unit = re.fullmatch(r"(\d+)(MB|GB)", max_shard_size).groups()  # type: ignore[union-attr]
     limit = int(number) * {"MB": 10**6, "GB": 10**9}[unit]
     groups: list[list[str]] = [[]]
@@ -204,7 +224,7 @@ def _files(model: torch.nn.Module, max_shard_size: str) -> dict[str, list[str]]:
             size = 0
         groups[-1].append(name)
         size += num_bytes
-    return {f"model-{place:05d}-of-{len(groups):05d}.safetensors": names for place, names in enumerate(groups, 1)}
+    return groups
 
 
 def on_any_rank(value: bool, device: torch.device) -> bool:

@@ -118,11 +118,36 @@ class PlannedTrainer(Trainer):
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
+    @property
+    def called(self) -> Any:
+        """The module whose forward pass is a training step's."""
+        return self.model
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether layers of this rank are computed again in the backward pass."""
+        return self.plan.gradient_checkpointing
+
+    def prove(self) -> None:
+        """Look at what trains on this rank, before the first step: see `sharding.prove`."""
+        sharding.prove(self.plan, self.model, self.model_wrapped)
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Mean loss in nats per supervised token over all evaluation rows, the same on any number of ranks."""
         self.pulse.beat("evaluate")
+        total = self._evaluation_sums()
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        metrics = {"eval_loss": float(total[0] / total[1].clamp(min=1))}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.pulse.beat("train")
+        return metrics
+
+    def _evaluation_sums(self) -> torch.Tensor:
+        """[loss summed over the supervised tokens that this rank has evaluated, how many these are]."""
         rows = self.eval_rows
         order = sorted(range(len(rows)), key=lambda row: -rows[row]["length"])
         size, rank, num_ranks = self.plan.micro_batch, self.args.process_index, self.args.world_size
@@ -141,13 +166,7 @@ class PlannedTrainer(Trainer):
                 total += torch.stack([loss.double(), (labels != IGNORED).sum().double()])
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # without a backward pass the last weights that were gathered stay whole
-        if dist.is_initialized():
-            dist.all_reduce(total)
-        metrics = {"eval_loss": float(total[0] / total[1].clamp(min=1))}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.pulse.beat("train")
-        return metrics
+        return total
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.pulse.beat("save")
@@ -155,7 +174,7 @@ class PlannedTrainer(Trainer):
         at = checkpoint.Position(
             self.state.global_step, float(self.state.epoch or 0), self.prepared.rows_key, evals[-1] if evals else None
         )
-        checkpoint.save_checkpoint(self.run, self.plan, at, self._write_files)
+        checkpoint.save_checkpoint(self.run, self.plan, at, self._write_files, self._join_files)
         self.pulse.beat("train")
 
     def _write_files(self, folder: Path) -> None:
@@ -174,6 +193,9 @@ class PlannedTrainer(Trainer):
             self._save_scaler(str(folder))
             if self.plan.recipe.adapter.type == "adalora":
                 save_file(adapters.adalora_state(self.model), folder / _ADALORA_FILE)
+
+    def _join_files(self, folder: Path) -> None:
+        """What rank 0 makes of the files of all ranks: nothing, they are what they have to be."""
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """The Trainer's own, which for DeepSpeed would look for DeepSpeed's files: weights are read before it, the rest after it."""
@@ -281,17 +303,17 @@ class FirstStepCheck(TrainerCallback):
     def __init__(self, trainer: PlannedTrainer) -> None:
         self.trainer = trainer
         self.done = False
-        self.recomputation = Recomputation(trainer.model)
+        self.recomputation = Recomputation(trainer.called)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        sharding.prove(self.trainer.plan, self.trainer.model, self.trainer.model_wrapped)
+        self.trainer.prove()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if self.done:
             return
         self.done = True
         self.recomputation.stop()
-        if self.trainer.plan.gradient_checkpointing:
+        if self.trainer.recomputes:
             self.recomputation.require(self.trainer.plan.shape.name)
         trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         if self.trainer.plan.deepspeed is not None:  # gradients are gone by now, their norm is kept
@@ -312,6 +334,7 @@ class FirstStepCheck(TrainerCallback):
             found = f"the loss is {loss} at step {state.global_step}"
             frozen = ((name, p) for name, p in self.trainer.model.named_parameters() if not p.requires_grad)
             broken = next((name for name, p in frozen if p.is_floating_point() and not p.isfinite().all()), None)
+            broken = next(filter(None, checkpoint.gathered(broken)), None)  # all ranks are here, and give one reason
             if broken is not None:
                 raise NoGradientError(
                     f"model {self.trainer.plan.shape.name}",

@@ -18,6 +18,7 @@ from launcher.cluster import resolve_cluster
 from launcher.modelshape import shape_of
 from launcher.plan import Plan, make_plan
 from launcher.recipe import load_recipe
+from launcher.recipe.device_maps import load_device_map
 from launcher.remotecode import planned_code
 from launcher.rundir import RunDir, read_events
 
@@ -48,10 +49,12 @@ class Job:
 
     def plan(self, *overrides: str) -> Plan:
         loaded = load_recipe(self.recipe, overrides)
-        cluster = resolve_cluster(loaded.recipe.hardware)
+        named = loaded.recipe.strategy.device_map
+        device_map = load_device_map(named)[1] if named is not None else None
+        cluster = resolve_cluster(loaded.recipe.hardware if device_map is None else device_map.devices)
         shape = shape_of(loaded.recipe.model, self.recipe.parent)
         model, code = planned_code(loaded.recipe.model, self.recipe.parent, self.recipe)
-        return make_plan("tiny", loaded.recipe.model_copy(update={"model": model}), cluster, shape, code)
+        return make_plan("tiny", loaded.recipe.model_copy(update={"model": model}), cluster, shape, code, device_map)
 
     def prepare(self, *overrides: str, resume: bool = False) -> Plan:
         """Plan and prepare; the plan."""
@@ -69,12 +72,7 @@ class Job:
 
     def ranks(self, plan: Plan) -> list[int]:
         """Run all ranks of what is prepared to their end; their exit codes."""
-        assert self.server.stdin is not None
-        assert self.server.stdout is not None
-        self.server.stdin.write(json.dumps({"plan": str(self.run.plan), "ranks": plan.num_processes}) + "\n")
-        self.server.stdin.flush()
-        codes: list[int] = json.loads(self.server.stdout.readline())
-        return codes
+        return ask(self.server, plan=str(self.run.plan), ranks=plan.num_processes)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in read_events(self.run)[0] if event["event"] == kind]
@@ -85,6 +83,16 @@ class Job:
 
     def logs(self) -> str:
         return "\n".join(path.read_text() for path in sorted(self.run.logs.glob("*rank*.log")))
+
+
+def ask(server: subprocess.Popen[str], **job: Any) -> list[int]:
+    """Have a job done; the exit codes of its ranks."""
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(json.dumps(job) + "\n")
+    server.stdin.flush()
+    codes: list[int] = json.loads(server.stdout.readline())
+    return codes
 
 
 @pytest.fixture(scope="session")

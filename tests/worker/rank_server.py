@@ -1,13 +1,16 @@
 """Runs ranks of the real worker without paying for the imports every time.
 
 Started once a test session: imports torch, transformers, PEFT and datasets, then forks the ranks of each job it reads from stdin (one JSON
-object a line: plan, ranks, log) and answers with their exit codes. A rank is `launcher.worker.__main__.main`, over real gloo.
+object a line: plan, ranks) and answers with their exit codes. A rank is `launcher.worker.__main__.main`, over real gloo; or, where a job
+names one (`module:function`, with an `argument`), a function that is called in a process group of so many ranks.
 """
 
+import importlib
 import json
 import os
 import socket
 import sys
+import traceback
 import warnings
 
 # The very modules a rank imports; none of them may start a thread, because the ranks are forked.
@@ -15,7 +18,7 @@ import datasets  # noqa: F401
 import peft  # noqa: F401
 import torch
 
-import launcher.worker.training  # noqa: F401
+import launcher.worker.pipeline.loop  # noqa: F401
 from launcher.worker.__main__ import main
 
 
@@ -33,7 +36,20 @@ def run_rank(job: dict, rank: int, port: int) -> int:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    return main(job["plan"])
+    return main(job["plan"]) if "plan" in job else call(job)
+
+
+def call(job: dict) -> int:
+    """Call what a job names; 0, or 1 where it raises."""
+    module, _, function = job["function"].partition(":")
+    torch.distributed.init_process_group("gloo")
+    try:
+        getattr(importlib.import_module(module), function)(job["argument"])
+    except Exception:  # noqa: BLE001 - the parent only sees an exit code
+        traceback.print_exc()
+        return 1
+    torch.distributed.destroy_process_group()
+    return 0
 
 
 def serve() -> None:
