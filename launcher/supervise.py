@@ -25,7 +25,7 @@ from ruamel.yaml import YAML
 from launcher.command import NodeCommand, node_commands, prepare_command
 from launcher.errors import InterruptedRunError, PreflightError
 from launcher.manifest import Verdict, folders, verify
-from launcher.plan import Plan, identity, other_world, total_steps
+from launcher.plan import Plan, identity, other_world, total_steps, what_changed
 from launcher.preflight import environment
 from launcher.report import Failure, Numbers, first_failure, last_lines, numbers, write_report
 from launcher.rundir import GO, WAIT, RunDir, append_event, read_events, read_json, write_atomic, write_json
@@ -100,11 +100,13 @@ def continue_from(plan: Plan, chosen: Verdict | None) -> Plan:
             "; ".join(changed),
             "leave these as they were, or start a new run: launch RECIPE",
         )
-    if (found := other_world(plan, chosen.manifest.world)) is not None:
-        raise PreflightError(
-            f"resume from {chosen.folder.name}", found, "go on with as many devices and the strategy of before"
-        )
-    return plan.model_copy(update={"resume_from": f"checkpoints/{chosen.folder.name}"})
+    world = chosen.manifest.world
+    if (found := other_world(plan, world)) is not None:
+        to_type = f"go on as before: strategy.type={world['strategy']} --nproc {world['num_processes']}"
+        raise PreflightError(f"resume from {chosen.folder.name}", found, to_type)
+    changed_world = what_changed(plan, world)
+    decisions = plan.decisions if changed_world is None else (*plan.decisions, changed_world)
+    return plan.model_copy(update={"resume_from": f"checkpoints/{chosen.folder.name}", "decisions": decisions})
 
 
 @dataclass

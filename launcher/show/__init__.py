@@ -9,6 +9,7 @@ from launcher.show.lines import console, line
 from launcher.show.plan import batch, show_code, show_plan, show_trust, summary
 from launcher.show.run import (
     RunScreen,
+    show_changes,
     show_done,
     show_failure,
     show_findings,
@@ -22,6 +23,7 @@ __all__ = [
     "batch",
     "console",
     "line",
+    "show_changes",
     "show_code",
     "show_done",
     "show_failure",

@@ -52,6 +52,13 @@ def show_resume(screen: Console, chosen: Verdict | None, skipped: list[Verdict],
     )
 
 
+def show_changes(screen: Console, plan: Plan) -> None:
+    """What a resumed run has other than before: ranks, strategy, micro batch."""
+    for decision in plan.decisions:
+        if decision.key == "resume":
+            line(screen, "", f"{decision.value}; {decision.because}")
+
+
 class RunScreen:
     """Shows a run as it goes: call it with every event of the supervisor."""
 
