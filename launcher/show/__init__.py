@@ -1,10 +1,11 @@
 """Plans, findings, events and failures in, what a person reads out.
 
-`lines` is the layout, `plan` shows a plan, `run` what happens to it.
+`lines` is the layout, `plan` shows a plan, `run` what happens to it, `checkpoints` what it has saved.
 """
 
 from __future__ import annotations
 
+from launcher.show.checkpoints import show_checkpoints
 from launcher.show.lines import console, line
 from launcher.show.plan import batch, show_code, show_plan, show_trust, summary
 from launcher.show.run import (
@@ -24,6 +25,7 @@ __all__ = [
     "console",
     "line",
     "show_changes",
+    "show_checkpoints",
     "show_code",
     "show_done",
     "show_failure",
