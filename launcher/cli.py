@@ -301,6 +301,21 @@ def runs(folder: str) -> None:
 
 @cli.command()
 @run_argument
+@click.option("--save", is_flag=True, help="Have it save first, when the step is done that is being worked on.")
+def stop(run_dir: str, save: bool) -> None:
+    """End a run that is being trained; `launch resume RUN` goes on with it."""
+    from launcher import manifest
+    from launcher.rundir import open_run
+    from launcher.show import console, show_stopped
+    from launcher.stopping import stop_run
+
+    where = open_run(run_dir)
+    stop_run(where, run_dir, save)
+    show_stopped(console(), where.path, manifest.folders(where))
+
+
+@cli.command()
+@run_argument
 @click.option("--verify", "every_byte", is_flag=True, help="Read every byte; without it sizes have to do.")
 def checkpoints(run_dir: str, every_byte: bool) -> None:
     """List the checkpoints of a run: step, size, age, evaluation loss, ranks, and whether each is whole."""

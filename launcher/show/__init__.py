@@ -17,6 +17,7 @@ from launcher.show.run import (
     show_rehearsal,
     show_rehearsed,
     show_resume,
+    show_stopped,
 )
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "show_rehearsal",
     "show_rehearsed",
     "show_resume",
+    "show_stopped",
     "show_trust",
     "summary",
 ]

@@ -1,4 +1,4 @@
-"""What happens at which step: logging, evaluation, saving, the end. The same on every rank."""
+"""What happens at which step: logging, evaluation, saving, the end. The same on every rank, by the step and by what ranks agree on."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from launcher.plan import Plan
 from launcher.worker.data.batches import StepOrder
+from launcher.worker.requests import Requests
 
 
 class Epochs(TrainerCallback):
@@ -22,9 +23,9 @@ class Epochs(TrainerCallback):
 
 
 class Flow(TrainerCallback):
-    """Decides at every step whether to log, evaluate, save and stop; the same on every rank, from the step alone."""
+    """Decides at every step whether to log, evaluate, save and stop."""
 
-    def __init__(self, plan: Plan, per_epoch: int, has_eval: bool) -> None:
+    def __init__(self, plan: Plan, per_epoch: int, has_eval: bool, requests: Requests) -> None:
         train = plan.recipe.train
         self.log_every = train.log_every_steps
         self.eval_every = train.eval_every_steps if train.eval_every_steps != "auto" else per_epoch
@@ -32,6 +33,7 @@ class Flow(TrainerCallback):
         self.save_every = every if every != "auto" else per_epoch
         self.has_eval = has_eval
         self.early_stopping = train.early_stopping
+        self.requests = requests
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         step, last = state.global_step, state.global_step >= state.max_steps
@@ -42,12 +44,27 @@ class Flow(TrainerCallback):
         may_save = control.should_save or (control.should_evaluate and self.early_stopping is not None)
         control.should_log = may_save or step == 1 or step % self.log_every == 0
         control.should_training_stop = last
+        asked = self.requests.agreed()
+        if asked.save:
+            control.should_save = control.should_log = True
+            self.requests.tell(step, "save-now")
+        if asked.stop and not last:
+            control.should_save = control.should_log = control.should_training_stop = True
+            # Who takes the machine away does not wait for an evaluation; only what stops early depends on it.
+            control.should_evaluate = control.should_evaluate and self.early_stopping is not None
+            self.requests.stopped_by = asked.stop
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
     ) -> None:
         losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-        if self.early_stopping is None or state.global_step == 0:
+        if state.global_step == 0:
+            return
+        if not control.should_training_stop:  # it may have been asked for in the course of a long evaluation
+            self.requests.stopped_by = self.requests.agreed().stop
+            stops = self.requests.stopped_by is not None
+            control.should_save, control.should_training_stop = control.should_save or stops, stops
+        if self.early_stopping is None:
             return
         # Who stops early wants the best weights, not the last: each new best is saved, and rotation spares it.
         control.should_save = control.should_save or losses[-1] <= min(losses)

@@ -34,6 +34,7 @@ from launcher.worker.loading import find_checkpoint
 from launcher.worker.metrics import Metrics
 from launcher.worker.prepared import Prepared
 from launcher.worker.pulse import Pulse
+from launcher.worker.requests import Requests
 from launcher.worker.weights import PARAMETERS_SHARDED, write_weights
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
@@ -100,10 +101,11 @@ class PlannedTrainer(Trainer):
         )
         self.metrics = Metrics(run, plan, prepared, self.args.device)
         check_world(plan, self, pulse.rank)
+        self.requests = Requests(run)
         per_epoch = steps_per_epoch(plan, len(self.train_rows))
         for callback in (
             Epochs(self.order, per_epoch),
-            Flow(plan, per_epoch, bool(len(self.eval_rows))),
+            Flow(plan, per_epoch, bool(len(self.eval_rows)), self.requests),
             FirstStepCheck(self),
             *([Asking(self)] if plan.recipe.data.questions else []),  # before the metrics, which close at the end
             self.metrics,
