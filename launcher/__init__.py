@@ -19,6 +19,8 @@
     command      Plan -> what each node starts
     preflight/   Plan and this machine -> findings
     report       files of a run -> what happened
+    processes    started, and ended for certain
+    stopping     signals to a launcher, and `launch stop`
     supervise    start, follow, stop
     foreground   chat and export, with this terminal
     show/        all of it -> what a person reads

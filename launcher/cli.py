@@ -299,6 +299,35 @@ def runs(folder: str) -> None:
         click.echo(f"{path.parent}  {result}  {steps}{f'  loss {loss:.3f}' if loss is not None else ''}")
 
 
+@cli.command()
+@run_argument
+@click.option("--save", is_flag=True, help="Have it save first, when the step is done that is being worked on.")
+def stop(run_dir: str, save: bool) -> None:
+    """End a run that is being trained; `launch resume RUN` goes on with it."""
+    from launcher import manifest
+    from launcher.rundir import open_run
+    from launcher.show import console, show_stopped
+    from launcher.stopping import stop_run
+
+    where = open_run(run_dir)
+    stop_run(where, run_dir, save)
+    show_stopped(console(), where.path, manifest.folders(where))
+
+
+@cli.command()
+@run_argument
+@click.option("--verify", "every_byte", is_flag=True, help="Read every byte; without it sizes have to do.")
+def checkpoints(run_dir: str, every_byte: bool) -> None:
+    """List the checkpoints of a run: step, size, age, evaluation loss, ranks, and whether each is whole."""
+    from launcher import manifest
+    from launcher.rundir import open_run
+    from launcher.show import console, show_checkpoints
+
+    where = open_run(run_dir)
+    verdicts = (manifest.verify(folder, every_byte) for folder in manifest.folders(where))
+    show_checkpoints(console(), where.path, verdicts, every_byte)
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The command `launch`: a mistake of the person's is three lines and an exit code, never a traceback."""
     code = _run(argv)

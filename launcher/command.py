@@ -121,6 +121,7 @@ def _torchrun(plan: Plan, host: str) -> tuple[str, ...]:
         f"--rdzv-endpoint={endpoint}",
         f"--rdzv-id={plan.name}",
         "--local-addr=127.0.0.1",
+        "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT",  # at SIGTERM ranks save
         "-m",
         "launcher.worker",
     )

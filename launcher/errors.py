@@ -7,7 +7,7 @@
     ├── PreflightError          4   this machine, its files or its ports are not ready
     │   └── DataError           4   rows that cannot be read, with file and line
     ├── RunFailedError          code of the first failing rank (128 + signal when killed)
-    └── InterruptedRunError     130 Ctrl-C, SIGTERM or SIGHUP
+    └── InterruptedRunError     130 Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP, launch stop
 
 An error has three parts: what you set, what was found, what to type. `ValueError` and `assert` are for our own mistakes.
 """

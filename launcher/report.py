@@ -264,11 +264,13 @@ class Numbers:
         ranks_first, ranks_last: AdaLoRA: the sum of all modules' ranks.
         answers: to the recipe's questions, before the first step and after the last.
         stopped_early: whether training ended by itself before max_steps.
+        stopped_by: what made it save and end before: a signal, `launch stop --save`.
     """
 
     steps: int
     max_steps: int
     stopped_early: bool
+    stopped_by: str | None
     loss_first: float | None
     loss_last: float | None
     eval_first: float | None
@@ -294,6 +296,7 @@ def numbers(run: RunDir, seconds: dict[str, float]) -> Numbers:
     return Numbers(
         steps=max((event["step"] for event in events if event["event"] in ("log", "save", "end")), default=0),
         max_steps=max_steps,
+        stopped_by=events[-1]["why"] if events and events[-1]["event"] == "stopped" else None,
         stopped_early=bool(events) and events[-1]["event"] == "end" and events[-1]["step"] < max_steps,
         loss_first=logs[0]["loss"] if logs else None,
         loss_last=logs[-1]["loss"] if logs else None,

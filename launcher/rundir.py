@@ -8,6 +8,8 @@ events.jsonl       what happened, a line each    errors/          <rank>.json of
 heartbeat/         <rank>.json, pid and phase    tensorboard/     one writer
 checkpoints/       step-N/ with manifest.json    report.json      the end of the story
 export/            merged weights                run.lock         held while a launcher works here
+save-now           made by anybody: a checkpoint when this step is done
+stop-now           the same, and then the end
 code/              <sha256>/: the model's own .py files, read-only
 """
 
@@ -17,6 +19,7 @@ import contextlib
 import fcntl
 import json
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +93,14 @@ class RunDir:
     @property
     def export(self) -> Path:
         return self.path / "export"
+
+    @property
+    def save_now(self) -> Path:
+        return self.path / "save-now"
+
+    @property
+    def stop_now(self) -> Path:
+        return self.path / "stop-now"
 
     @property
     def rehearsal_rows(self) -> Path:
@@ -173,10 +184,22 @@ class RunDir:
                     "wait for it, or name another one: launch.run_dir=DIR",
                 ) from None
             lock.truncate(0)
-            lock.write(f"process {os.getpid()}")
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             lock.flush()
             yield
             lock.truncate(0)
+
+    def owner(self) -> str | None:
+        """Who works here, as `process 4711 on node-a`; None where nobody does."""
+        try:
+            with (self.path / "run.lock").open() as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return lock.read().strip() or "another launcher"
+        except FileNotFoundError:
+            pass
+        return None
 
 
 def rename_or_yield(temporary: Path, target: Path) -> None:

@@ -155,6 +155,7 @@ def carried_out(resuming: bool, made: Plan, where: RunDir) -> int:
             chosen, skipped = manifest.newest_valid(where)
             show.show_resume(screen, chosen, skipped, where.path)
             made = continue_from(made, chosen)
+            show.show_changes(screen, made)
         screen_of_run = show.RunScreen(screen, made)
         with kept_where_refused(where), contextlib.closing(screen_of_run):
             write_run(made, where, resuming)

@@ -6,35 +6,33 @@ The supervisor is one thread that polls: the files ranks write, and the processe
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from ruamel.yaml import YAML
 
-from launcher.command import NodeCommand, node_commands, prepare_command
+from launcher.command import node_commands, prepare_command
 from launcher.errors import InterruptedRunError, PreflightError
 from launcher.manifest import Verdict, folders, verify
-from launcher.plan import Plan, identity, other_world, total_steps
+from launcher.plan import Plan, identity, other_world, total_steps, what_changed
 from launcher.preflight import environment
+from launcher.processes import end, start
 from launcher.report import Failure, Numbers, first_failure, last_lines, numbers, write_report
 from launcher.rundir import GO, WAIT, RunDir, append_event, read_events, read_json, write_atomic, write_json
+from launcher.stopping import StopRequest
 
 Listener = Callable[[dict[str, Any]], None]
 _POLL_SECONDS = 0.1
-_PR_SET_PDEATHSIG = 1
-# torchrun needs about a second to end its workers; ten are promised in all.
-_GRACE_SECONDS = 6.0
+# Ranks that were asked to save and show no sign of life for so long will not.
+_LONGEST_SILENCE_SECONDS = 600.0
 
 
 def write_run(plan: Plan, run: RunDir, resuming: bool) -> None:
@@ -100,11 +98,13 @@ def continue_from(plan: Plan, chosen: Verdict | None) -> Plan:
             "; ".join(changed),
             "leave these as they were, or start a new run: launch RECIPE",
         )
-    if (found := other_world(plan, chosen.manifest.world)) is not None:
-        raise PreflightError(
-            f"resume from {chosen.folder.name}", found, "go on with as many devices and the strategy of before"
-        )
-    return plan.model_copy(update={"resume_from": f"checkpoints/{chosen.folder.name}"})
+    world = chosen.manifest.world
+    if (found := other_world(plan, world)) is not None:
+        to_type = f"go on as before: strategy.type={world['strategy']} --nproc {world['num_processes']}"
+        raise PreflightError(f"resume from {chosen.folder.name}", found, to_type)
+    changed_world = what_changed(plan, world)
+    decisions = plan.decisions if changed_world is None else (*plan.decisions, changed_world)
+    return plan.model_copy(update={"resume_from": f"checkpoints/{chosen.folder.name}", "decisions": decisions})
 
 
 @dataclass
@@ -114,30 +114,6 @@ class Outcome:
     exit_code: int
     story: Numbers
     failure: Failure | None = None
-
-
-class StopRequest:
-    """Whether somebody asked to stop; set by Ctrl-C, SIGTERM or SIGHUP while it is installed."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    @contextlib.contextmanager
-    def installed(self) -> Iterator[StopRequest]:
-        """Take the three signals over for a while."""
-
-        def handle(number: int, _: FrameType | None) -> None:
-            self.signal = self.signal or number
-
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup a run outlives its terminal
-            numbers.append(signal.SIGHUP)
-        before = {number: signal.signal(number, handle) for number in numbers}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 @dataclass
@@ -153,6 +129,9 @@ class Supervisor:
     run: RunDir
     tell: Listener
     seconds: dict[str, float] = field(default_factory=dict)
+    _trains: bool = False
+    _asked: float | None = None
+    _stopped_by: str | None = None
 
     def carry_out(self) -> Outcome:
         """Prepare, start, follow to the end.
@@ -167,6 +146,8 @@ class Supervisor:
                 with self._node() as node:
                     self._prepare(stop)
                     code = self._train(node, stop)
+                if code == 0 and self._stopped_by is not None:
+                    raise self._interrupted(self._stopped_by)
             except InterruptedRunError:
                 self._report(InterruptedRunError.exit_code, None)
                 raise
@@ -196,16 +177,17 @@ class Supervisor:
             self.tell(event)
 
     def _clear_signs_of_earlier_attempts(self) -> None:
-        for folder in (self.run.errors, self.run.heartbeats):
-            for path in folder.glob("*.json"):
-                path.unlink()
+        for path in (*self.run.errors.glob("*.json"), *self.run.heartbeats.glob("*.json")):
+            path.unlink()
+        for path in (self.run.save_now, self.run.stop_now):
+            path.unlink(missing_ok=True)
 
     def _prepare(self, stop: StopRequest) -> None:
         started = time.monotonic()
         command = prepare_command(self.plan, self.run)
         log = self.run.logs / f"{command.host}-prepare.log"
         with log.open("ab") as errors:
-            process = _start(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)
+            process = start(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
         last: dict[str, Any] = {}
@@ -273,7 +255,7 @@ class Supervisor:
         (command,) = node_commands(self.plan, self.run)
         command = replace(command, argv=(*command.argv, WAIT))
         with self.run.node_log(command.host).open("ab") as log:
-            process = _start(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT)
+            process = start(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT)
         try:
             yield process
         finally:
@@ -308,22 +290,43 @@ class Supervisor:
                 self.seconds.setdefault("start", since)
             if event["event"] == "log":
                 self.seconds.setdefault("first_step", since)
+            self._trains = event["event"] == "train" or (self._trains and event["event"] not in ("end", "stopped"))
+            if event["event"] == "stopped":
+                self._stopped_by = event["why"]
             self._say({**event, "seconds": since})
         return offset
 
     def _end_if_asked(self, stop: StopRequest, process: subprocess.Popen[bytes]) -> None:
-        """Stop everything when a signal came."""
-        if stop.signal is None:
+        """Have the ranks save and end where a signal leaves time for it and there is something to save; else end everything.
+
+        Raises:
+            InterruptedRunError: everything has ended.
+        """
+        number = stop.now or stop.save
+        if number is None and not self.run.stop_now.exists():
             return
-        name = signal.Signals(stop.signal).name
-        self._say({"event": "stopping", "signal": name})
+        name = signal.Signals(number).name if number else self.run.stop_now.read_text(encoding="utf-8").strip()
+        name = name or self.run.stop_now.name
+        if self._trains and stop.now is None:
+            if self._asked is None:
+                self._asked = time.time()
+                self._say({"event": "stopping", "why": name, "saves": True})
+                if number is not None:
+                    write_atomic(self.run.stop_now, f"{name}\n")
+            seen = max([self._asked, *(float(beat.get("time", 0)) for beat in self._recorded())])
+            if time.time() - seen < _LONGEST_SILENCE_SECONDS:
+                return
+        self._say({"event": "stopping", "why": name, "saves": False})
         end(process, self._recorded())
+        raise self._interrupted(name)
+
+    def _interrupted(self, why: str) -> InterruptedRunError:
         saved = [folder.name for folder in folders(self.run)]
         left = f"{saved[0]} is saved" if saved else "no checkpoint was saved yet"
         to_type = f"go on later with: launch resume {_shown(self.run.path)}"
         if not saved:
             to_type += "  (from the beginning; checkpoint.every_steps=N saves more often)"
-        raise InterruptedRunError(name, f"every process of this run has ended; {left}", to_type)
+        return InterruptedRunError(why, f"every process of this run has ended; {left}", to_type)
 
     def _recorded(self) -> list[dict[str, Any]]:
         """pid and start time of every rank that has shown a sign of life."""
@@ -338,54 +341,6 @@ def _event(line: bytes) -> dict[str, Any]:
         if isinstance(value, dict) and "event" in value:
             return value
     return {}
-
-
-def _start(command: NodeCommand, **streams: Any) -> subprocess.Popen[bytes]:
-    launcher, libc = os.getpid(), ctypes.CDLL(None)
-
-    def die_with_launcher() -> None:
-        # Asked for here, before the program's own start, so that a launcher killed meanwhile leaves nothing either (Linux).
-        if sys.platform == "linux":
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != launcher:
-                os._exit(1)
-
-    # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which then ends the others in order.
-    return subprocess.Popen(
-        command.argv,
-        env={**os.environ, **command.env},
-        cwd=command.cwd,
-        start_new_session=True,
-        preexec_fn=die_with_launcher,
-        **streams,
-    )
-
-
-def end(process: subprocess.Popen[bytes], recorded: list[dict[str, Any]]) -> None:
-    """End a node's command and the ranks it recorded: politely, and after some seconds by force."""
-    if process.poll() is None:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE_SECONDS)
-    if process.poll() is None:
-        process.kill()
-        process.wait()
-    deadline = time.monotonic() + 2.0
-    while (alive := [beat for beat in recorded if is_running(beat)]) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for beat in alive:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(beat["pid"], signal.SIGKILL)
-
-
-def is_running(beat: dict[str, Any]) -> bool:
-    """Whether the very process of a heartbeat is still there, not one that got its pid later."""
-    try:
-        stat = Path(f"/proc/{beat['pid']}/stat").read_text()
-    except OSError:
-        return False
-    fields = stat.rpartition(")")[2].split()
-    return fields[0] != "Z" and int(fields[19]) == beat["started"]
 
 
 def _shown(path: Path) -> str:

@@ -36,7 +36,8 @@ def test_ddp_on_eight_cards_is_one_torchrun() -> None:
         "CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7 "
         "HF_MODULES_CACHE='/runs/a run/code/no-module-cache' "
         "/venv/bin/python -m launcher.worker.torchrun --nnodes=1 --nproc-per-node=8 --rdzv-backend=c10d "
-        "--rdzv-endpoint=127.0.0.1:0 --rdzv-id=alpaca_lora_8xa800 --local-addr=127.0.0.1 -m launcher.worker '/runs/a run/plan.json'"
+        "--rdzv-endpoint=127.0.0.1:0 --rdzv-id=alpaca_lora_8xa800 --local-addr=127.0.0.1 "
+        "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT -m launcher.worker '/runs/a run/plan.json'"
     )
 
 

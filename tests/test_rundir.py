@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -123,7 +124,7 @@ def test_a_second_launcher_is_refused_and_told_who_holds_the_directory(run, hold
         pytest.fail("got a lock that somebody else holds")
     assert caught.value.exit_code == 4
     assert str(caught.value) == (
-        f"run directory {run.path}: is in use by process {holder.pid}\n"
+        f"run directory {run.path}: is in use by process {holder.pid} on {socket.gethostname()}\n"
         "  wait for it, or name another one: launch.run_dir=DIR"
     )
 
@@ -132,7 +133,15 @@ def test_the_lock_goes_with_the_process_even_when_it_is_killed(run, holder):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     with run.locked():
-        assert (run.path / "run.lock").read_text() == f"process {os.getpid()}"
+        assert (run.path / "run.lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def test_who_works_in_a_directory(run, holder):
+    assert run.owner() == f"process {holder.pid} on {socket.gethostname()}"
+    holder.kill()
+    holder.wait()
+    assert run.owner() is None, "what the dead one has written there is no owner"
+    assert RunDir(run.path / "none").owner() is None
 
 
 def test_a_lock_that_is_given_back_can_be_taken_again(run):
@@ -142,7 +151,7 @@ def test_a_lock_that_is_given_back_can_be_taken_again(run):
     with pytest.raises(KeyError), run.locked():
         raise KeyError
     with run.locked():
-        assert (run.path / "run.lock").read_text() == f"process {os.getpid()}"
+        assert (run.path / "run.lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def test_programs_that_the_holder_starts_do_not_keep_the_lock(run):

@@ -2,7 +2,7 @@
 
 Pure: no file is read and no device is touched. The plan goes to RUN/plan.json as it is, and the workers read nothing else.
 `model` is what a plan is, `deciding` how it is made, `searching` what is fastest, `deepspeed` DeepSpeed's JSON of it, `remedies` what to
-type when it does not fit.
+type when it does not fit, `continuing` what of a checkpoint has to be the same.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 from launcher.cluster import Cluster
 from launcher.modelshape import ModelShape
+from launcher.plan.continuing import checkpoint_bytes, identity, other_world, what_changed
 from launcher.plan.deciding import Deciding
 from launcher.plan.deepspeed import deepspeed_json, read_given
 from launcher.plan.model import (
@@ -21,9 +22,7 @@ from launcher.plan.model import (
     Rehearsal,
     StagePlan,
     budget_bytes,
-    identity,
     lacking_bytes,
-    other_world,
     steps_per_epoch,
     total_steps,
 )
@@ -41,6 +40,7 @@ __all__ = [
     "Rehearsal",
     "StagePlan",
     "budget_bytes",
+    "checkpoint_bytes",
     "identity",
     "lacking_bytes",
     "make_plan",
@@ -49,6 +49,7 @@ __all__ = [
     "steps_per_epoch",
     "time_of_rows",
     "total_steps",
+    "what_changed",
 ]
 
 

@@ -14,7 +14,6 @@ from launcher.pipeline import Order
 from launcher.placement import Schedule
 from launcher.recipe import Recipe
 from launcher.recipe.device_maps import DeviceMap
-from launcher.recipe.rules import SHARDED
 from launcher.remotecode import RemoteCode
 from launcher.steptime import StepTime
 
@@ -174,37 +173,6 @@ class Plan(BaseModel):
     def needs_bitsandbytes(self) -> bool:
         """Whether weights or optimizer state are quantised."""
         return self.recipe.model.quantization != "none" or self.recipe.train.optimizer != "adamw"
-
-
-def identity(plan: Plan) -> dict[str, Any]:
-    """What has to be the same for a checkpoint to be continued: weights, optimizer state and order of rows depend on it."""
-    recipe = plan.recipe
-    return {
-        "model.path": recipe.model.path,
-        "model.config": recipe.model.config,
-        "model.revision": recipe.model.revision,
-        "model.quantization": recipe.model.quantization,
-        "adapter.type": recipe.adapter.type,
-        "adapter.r": recipe.adapter.r,
-        "adapter.init_r": recipe.adapter.init_r,
-        "adapter.alpha": recipe.adapter.alpha,
-        "adapter.targets": plan.targets if isinstance(plan.targets, str) else list(plan.targets),
-        "adapter.modules_to_save": list(recipe.adapter.modules_to_save),
-        "data.batching": plan.batching,
-        "train.optimizer": recipe.train.optimizer,
-        "train.seed": recipe.train.seed,
-        "train.global_batch": recipe.train.global_batch,
-        **({"model.code_sha256": plan.code.sha256} if plan.code is not None else {}),
-    }
-
-
-def other_world(plan: Plan, world: dict[str, Any]) -> str | None:
-    """Why a checkpoint of these ranks (`manifest.Manifest.world`) cannot be continued by the plan's; None where it can."""
-    before, now = (world["strategy"], world["num_processes"]), (plan.strategy, plan.num_processes)
-    if before == now or not {before[0], now[0]} & set(SHARDED):
-        return None
-    was, wanted = (f"{strategy} on {num} rank{'s' if num > 1 else ''}" for strategy, num in (before, now))
-    return f"its optimizer state was written by {was} and only they can read it; now it is {wanted}"
 
 
 def steps_per_epoch(plan: Plan, num_rows: int) -> int:

@@ -10,14 +10,11 @@ from pathlib import Path
 
 from launcher.cluster import MIB
 from launcher.modelshape.files import hub_cache
-from launcher.plan import DTYPE_BYTES, Plan
+from launcher.plan import Plan, checkpoint_bytes
 from launcher.preflight.files import offline, to_fetch
 from launcher.preflight.finding import Finding, size
 from launcher.rundir import RunDir, cache_folder
 
-# Random states, the Trainer's counters, the tokenizer: 0.1 MiB a rank and as much as a tokenizer has.
-_BESIDE_BYTES = 16 * MIB
-_ADAM_8BIT_BYTES = 2.03  # as in memory.py: two bytes and the constants of their blocks
 _NEGLIGIBLE_BYTES = 16 * MIB
 
 
@@ -53,21 +50,6 @@ def room(plan: Plan, run_dir: Path) -> Iterator[Finding]:
             yield Finding("warning", need.what, f"{found}, if an earlier run did not leave it there", need.elsewhere)
         else:
             yield Finding("error", need.what, found, f"make room there, or name another disk: {need.elsewhere}")
-
-
-def checkpoint_bytes(plan: Plan) -> int:
-    """Bytes of one checkpoint: what is trained, and its optimizer's state.
-
-    Adapters are fp32, and AdaLoRA's are written twice (`worker/checkpoint.py`). AdamW keeps two values a parameter in
-    the parameter's precision, ZeRO two in fp32 and an fp32 copy of the weights.
-    """
-    full = plan.recipe.adapter.type == "full"
-    weights = DTYPE_BYTES[plan.weights_dtype] if full else 4
-    state = 2.0 * weights if plan.recipe.train.optimizer == "adamw" else _ADAM_8BIT_BYTES
-    if plan.strategy.startswith("zero"):
-        state = 3.0 * 4
-    copies = 2 if plan.recipe.adapter.type == "adalora" else 1
-    return round(plan.trainable_parameters * (copies * weights + state)) + _BESIDE_BYTES
 
 
 def first_folder(path: Path) -> Path:

@@ -1,20 +1,23 @@
 """Plans, findings, events and failures in, what a person reads out.
 
-`lines` is the layout, `plan` shows a plan, `run` what happens to it.
+`lines` is the layout, `plan` shows a plan, `run` what happens to it, `checkpoints` what it has saved.
 """
 
 from __future__ import annotations
 
+from launcher.show.checkpoints import show_checkpoints
 from launcher.show.lines import console, line
 from launcher.show.plan import batch, show_code, show_plan, show_trust, summary
 from launcher.show.run import (
     RunScreen,
+    show_changes,
     show_done,
     show_failure,
     show_findings,
     show_rehearsal,
     show_rehearsed,
     show_resume,
+    show_stopped,
 )
 
 __all__ = [
@@ -22,6 +25,8 @@ __all__ = [
     "batch",
     "console",
     "line",
+    "show_changes",
+    "show_checkpoints",
     "show_code",
     "show_done",
     "show_failure",
@@ -30,6 +35,7 @@ __all__ = [
     "show_rehearsal",
     "show_rehearsed",
     "show_resume",
+    "show_stopped",
     "show_trust",
     "summary",
 ]

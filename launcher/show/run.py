@@ -52,6 +52,13 @@ def show_resume(screen: Console, chosen: Verdict | None, skipped: list[Verdict],
     )
 
 
+def show_changes(screen: Console, plan: Plan) -> None:
+    """What a resumed run has other than before: ranks, strategy, micro batch."""
+    for decision in plan.decisions:
+        if decision.key == "resume":
+            line(screen, "", f"{decision.value}; {decision.because}")
+
+
 class RunScreen:
     """Shows a run as it goes: call it with every event of the supervisor."""
 
@@ -145,20 +152,29 @@ class RunScreen:
             line(self.screen, "train", f"{event['step']}/{self.max_steps}   {text}")
 
     def _eval(self, event: dict[str, Any]) -> None:
-        text = f"step {event['step']}   loss {event['loss']:.3f}"
-        if self.progress is not None:
-            self.progress.console.print(f"[bold]{'evaluate':<{LABEL}}[/bold] {text}")
-        else:
-            line(self.screen, "evaluate", text)
+        self._beside("evaluate", f"step {event['step']}   loss {event['loss']:.3f}")
 
     def _save(self, event: dict[str, Any]) -> None:
         self.saved = f"   saved step-{event['step']}"
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, text=f"{self.state}{self.saved}")
 
+    def _asked(self, event: dict[str, Any]) -> None:
+        self._beside("saving", f"step-{event['step']}, as asked ({event['why']})")
+
     def _stopping(self, event: dict[str, Any]) -> None:
+        if event["saves"]:
+            self._beside("stopping", f"{event['why']}: every rank saves when this step is done, then ends")
+            return
         self.close()
-        line(self.screen, "stopping", f"{event['signal']}: ending every rank")
+        line(self.screen, "stopping", f"{event['why']}: ending every rank")
+
+    def _beside(self, label: str, text: str) -> None:
+        """A line above the one that moves."""
+        if self.progress is not None:
+            self.progress.console.print(f"[bold]{label:<{LABEL}}[/bold] {escape(text)}")
+        else:
+            line(self.screen, label, text)
 
 
 def show_done(screen: Console, plan: Plan, outcome: Outcome, run: Path) -> None:
@@ -233,6 +249,13 @@ def _beginning(text: str | None) -> str:
         return "–"
     flat = " ".join(text.split())
     return (flat if len(flat) <= _BEGINNING else f"{flat[:_BEGINNING].rstrip()}…") or "(nothing)"
+
+
+def show_stopped(screen: Console, run: Path, saved: Sequence[Path]) -> None:
+    """What `launch stop` leaves: the newest of the checkpoints, and how to go on."""
+    found = f"{saved[0].name} is saved" if saved else "no checkpoint was saved yet"
+    line(screen, "stopped", f"every process of this run has ended; {found}")
+    line(screen, "  go on", f"launch resume {as_typed(str(run))}")
 
 
 def show_failure(screen: Console, failure: Failure, run: Path, newest: str | None) -> None:

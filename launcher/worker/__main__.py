@@ -17,6 +17,7 @@ from typing import Any
 from launcher.errors import PreflightError
 from launcher.plan import Plan
 from launcher.rundir import WAIT, RunDir, append_event, read_json
+from launcher.worker import signals
 from launcher.worker.prepared import read_prepared
 from launcher.worker.pulse import Pulse, die_with_parent, log_to, wait_for_go
 
@@ -28,10 +29,11 @@ def main(plan_path: str, parent: int | None = None) -> int:
         parent: pid of who started it; None for torchrun, whose pid is written down, and for the supervisor.
     """
     run = RunDir(Path(plan_path).resolve().parent)
+    torchrun = (read_json(run.heartbeats / "node.json") or {}).get("pid")
     if parent is None and "TORCHELASTIC_RUN_ID" in os.environ:
-        # Importing this file took half a second, in which torchrun may have ended.
-        parent = (read_json(run.heartbeats / "node.json") or {}).get("pid")
+        parent = torchrun  # importing this file took half a second, in which it may have ended
     die_with_parent(parent)
+    signals.listen({os.getppid(), torchrun})
     pulse = Pulse(run)
     log_to(run.rank_log(socket.gethostname(), pulse.rank))
     faulthandler.enable()
@@ -81,6 +83,9 @@ def train(plan: Plan, run: RunDir, pulse: Pulse) -> None:
         append_event(run, {"event": "ready", "time": time.time(), "ranks": plan.num_processes})
     pulse.beat("train")
     trainer.train(resume_from_checkpoint=str(run.path / plan.resume_from) if plan.resume_from else None)
+    if trainer.requests.stopped_by is not None and pulse.rank == 0:
+        stopped = {"why": trainer.requests.stopped_by, "step": trainer.state.global_step}
+        append_event(run, {"event": "stopped", "time": time.time(), **stopped})
 
 
 def _connect(plan: Plan, torch: Any) -> None:

@@ -60,7 +60,8 @@ class Asking(TrainerCallback):
             self._ask("before", 0)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._ask("after", self.trainer.load_best())
+        if self.trainer.requests.stopped_by is None:  # else there is no time, and it goes on later
+            self._ask("after", self.trainer.load_best())
 
     def _ask(self, when: str, step: int) -> None:
         """Answer, likeliest token first, and write the answers down."""

@@ -15,6 +15,8 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 
+from launcher.worker.checkpoint.files import TensorFile
+
 ADAPTER_FILE = "adapter_model.safetensors"
 # What PEFT puts into the name of a tensor of the base.
 _PEFT_PREFIX = "base_model.model."
@@ -41,6 +43,10 @@ class Tensors:
         """Copy a tensor, or some of its rows, into one that is there, whatever its dtype and device."""
         with safe_open(self._file[name], framework="pt") as file:
             into.copy_(file.get_slice(name)[rows] if self._shape[name] else file.get_tensor(name))
+
+    def values(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """The values [start, stop) of a tensor as if it were flat."""
+        return TensorFile(self._file[name]).read(name, start, stop)
 
 
 class Weights:
@@ -102,20 +108,26 @@ def weights_of(model: Any, folder: Path, checkpoint: Path | None) -> Weights | N
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files or any(isinstance(c, WeightConverter) for c in get_model_conversion_mapping(model, add_legacy=False)):
+    if not any(folder.glob("model*.safetensors")) or any(
+        isinstance(c, WeightConverter) for c in get_model_conversion_mapping(model, add_legacy=False)
+    ):
         return None
-    adapter = checkpoint and checkpoint / ADAPTER_FILE
-    weights = Weights(
-        Tensors(files),
-        f"{model.base_model_prefix}.",
-        Tensors([adapter]) if adapter is not None and adapter.is_file() else None,
-    )
+    weights = weights_in(model, folder, checkpoint)
     for name, parameter in model.named_parameters():
         found = weights.find(name)
         if found is None or found[0].shape(found[1]) != tuple(parameter.shape):
             return None
     return weights
+
+
+def weights_in(model: Any, folder: Path, checkpoint: Path | None) -> Weights:
+    """The safetensors files of a folder, and of a checkpoint's adapter where there is one, as the places of a model's weights."""
+    adapter = checkpoint and checkpoint / ADAPTER_FILE
+    return Weights(
+        Tensors(sorted(folder.glob("model*.safetensors"))),
+        f"{model.base_model_prefix}.",
+        Tensors([adapter]) if adapter is not None and adapter.is_file() else None,
+    )
 
 
 def read_buffers(model: torch.nn.Module, weights: Weights) -> None:

@@ -148,9 +148,7 @@ class Metrics(TrainerCallback):
             )
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.counters.since = time.perf_counter()
-        if self.writer is not None:
-            append_event(self.run, {"event": "save", "time": time.time(), "step": state.global_step})
+        self.counters.since = time.perf_counter()  # the time of a save is no training time either
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.writer is not None:

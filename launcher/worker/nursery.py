@@ -26,6 +26,7 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import Subproc
 from launcher.plan import Plan
 from launcher.worker.pulse import die_with_parent
 from launcher.worker.quiet import leave_out_what_is_unused, quiet_libraries
+from launcher.worker.signals import hold
 
 # What every rank imports, heaviest first. Nothing of our own: those are quick, and one that fails should fail in a rank, which has a log.
 _LIBRARIES = ("transformers.trainer", "peft", "datasets", "accelerate", "torch.utils.tensorboard")
@@ -110,6 +111,7 @@ class Born:
 def _serve(connection: socket.socket, plan: Plan, rank: Rank, parent: int) -> None:
     """Import, then start ranks and say how they ended until torchrun has gone; never returns."""
     die_with_parent(parent)
+    hold()  # a signal to a rank waits until it listens, one to this process for ever
     with open(os.devnull, "rb") as null:
         os.dup2(null.fileno(), 0)
     leave_out_what_is_unused(plan)

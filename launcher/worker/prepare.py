@@ -34,7 +34,8 @@ def main(plan_path: str) -> int:
     """Prepare the run that a plan belongs to; the exit code."""
     die_with_parent()
     # As an exception, so that a half-made folder of the cache goes with it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     run = RunDir(Path(plan_path).resolve().parent)
     try:
         plan = Plan.model_validate_json(run.plan.read_text(encoding="utf-8"))

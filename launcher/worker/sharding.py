@@ -1,4 +1,4 @@
-"""The model of a plan spread over its ranks, by FSDP2 or ZeRO-3: built, filled from files, proved, gathered again.
+"""The model of a plan spread over its ranks, by FSDP2 or ZeRO-3: built, filled from files, proved.
 
 The same calls on a CPU and on GPUs. accelerate would ignore `fsdp` on a CPU without a word, so it is not asked: the model is sharded
 before the Trainer sees it.
@@ -7,16 +7,12 @@ before the Trainer sees it.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -24,23 +20,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 from launcher.errors import PreflightError
 from launcher.plan import Plan, total_steps
-from launcher.rundir import RunDir, write_json
+from launcher.rundir import RunDir
 from launcher.worker import zero
 from launcher.worker.adapters import with_adapter
 from launcher.worker.byshard import ADAPTER_FILE, Weights, empty_model, is_empty, read_buffers, weights_of
 from launcher.worker.dtensors import rows_of_this_rank
 from launcher.worker.model import DTYPES, load_model
 from launcher.worker.prepared import Prepared
-
-_INDEX = "model.safetensors.index.json"
-PARAMETERS_SHARDED = ("fsdp", "zero3")
+from launcher.worker.weights import PARAMETERS_SHARDED
 
 
 def build_model(plan: Plan, run: RunDir, prepared: Prepared, device: torch.device, num_rows: int) -> Any:
     """The model that this rank trains, adapter and all; where parameters are sharded its share of it, and at once that of the checkpoint
-    to go on from."""
+    to go on from. All weights come from that checkpoint, an adapter that is whole on every rank is put in by the Trainer."""
     if plan.strategy not in PARAMETERS_SHARDED:
-        return _adapted(load_model(plan, prepared.model_dir, device, code=prepared.code), plan, num_rows)
+        resuming = plan.resume_from is not None and plan.recipe.adapter.type == "full"
+        folder = run.path / str(plan.resume_from) if resuming else Path(prepared.model_dir)
+        return _adapted(load_model(plan, folder, device, code=prepared.code), plan, num_rows)
     model, weights = unplaced_model(plan, run, prepared, num_rows)
     if plan.strategy == "fsdp":
         shard(model, plan, device)
@@ -150,81 +146,6 @@ def _whats_wrong(name: str, parameter: torch.Tensor, plan: Plan) -> str | None:
     rows = rows_of_this_rank(parameter)
     held, planned = parameter.to_local().numel(), (rows.stop - rows.start) * math.prod(parameter.shape[1:])
     return f"this rank holds {held:,} values of {name}, planned are {planned:,}" if held != planned else None
-
-
-def gathered(model: Any, trained_only: bool) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """(name, whole tensor on the CPU) of every weight, one at a time; the tensor only on rank 0. Every rank has to take all of them.
-
-    Args:
-        trained_only: leave out what is frozen.
-    """
-    for name, parameter in model.named_parameters():
-        if trained_only and not parameter.requires_grad:
-            continue
-        if isinstance(parameter, DTensor):
-            whole = parameter.detach().full_tensor()
-            yield name, whole.cpu() if dist.get_rank() == 0 else None
-        else:
-            yield name, zero.gathered(parameter)
-
-
-def write_weights(folder: Path, model: Any, plan: Plan) -> None:
-    """Write an adapter, or all weights in files of at most checkpoint.max_shard_size, as PEFT and transformers read them.
-
-    Every rank has to call it. Rank 0 holds one file's tensors at a time.
-
-    Raises:
-        OSError, RuntimeError, SafetensorError: on rank 0, where a file could not be written.
-    """
-    if plan.recipe.adapter.type != "full":
-        trained = dict(gathered(model, trained_only=True))
-        if dist.get_rank() == 0:
-            model.save_pretrained(folder, state_dict=trained)
-        return
-    files = _files(model, plan.recipe.checkpoint.max_shard_size)
-    weights, error = gathered(model, trained_only=False), None
-    for file_name, names in files.items():
-        tensors = dict(islice(weights, len(names)))
-        if dist.get_rank() != 0 or error is not None:
-            continue
-        try:
-            save_file(tensors, folder / file_name, metadata={"format": "pt"})
-        except (OSError, RuntimeError, SafetensorError) as failure:
-            error = failure  # the other ranks go on to gather: who leaves now lets them wait for ever
-    if error is not None:
-        raise error
-    if dist.get_rank() == 0:
-        write_index(folder, {name: file_name for file_name, names in files.items() for name in names})
-        model.config.save_pretrained(folder)
-        model.generation_config.save_pretrained(folder)
-
-
-def write_index(folder: Path, kept: dict[str, str]) -> None:
-    """What tells transformers which weight is in which file."""
-    size = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
-    write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": kept})
-
-
-def _files(model: torch.nn.Module, max_shard_size: str) -> dict[str, list[str]]:
-    """File name -> names of the weights in it, in the order in which they are gathered."""
-    groups = in_files(model, max_shard_size)
-    return {f"model-{place:05d}-of-{len(groups):05d}.safetensors": names for place, names in enumerate(groups, 1)}
-
-
-def in_files(model: torch.nn.Module, max_shard_size: str) -> list[list[str]]:
-    """The names of the weights of each file."""
-    number, unit = re.fullmatch(r"(\d+)(MB|GB)", max_shard_size).groups()  # type: ignore[union-attr]
-    limit = int(number) * {"MB": 10**6, "GB": 10**9}[unit]
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name, parameter in model.named_parameters():
-        num_bytes = zero.numel(parameter) * parameter.element_size()
-        if groups[-1] and size + num_bytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += num_bytes
-    return groups
 
 
 def on_any_rank(value: bool, device: torch.device) -> bool:

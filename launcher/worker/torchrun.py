@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -28,6 +29,10 @@ def main(argv: list[str]) -> int:
     argv = argv[:-1] if waits else argv
     run = RunDir(Path(argv[-1]).resolve().parent)
     write_json(run.heartbeats / "node.json", {"pid": os.getpid(), "started": process_start(os.getpid())})
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(
+            number, lambda *_: None
+        )  # the ranks' business, also where a scheduler sends them to every process
     os.environ.update(WITHOUT_THREADS)
     from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

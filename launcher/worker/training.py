@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -21,16 +21,21 @@ from launcher.errors import LaunchError, PreflightError
 from launcher.families import family
 from launcher.plan import Plan, steps_per_epoch, total_steps
 from launcher.rundir import RunDir
-from launcher.worker import adapters, checkpoint, sharding, zero
+from launcher.worker import adapters, checkpoint, sharding
 from launcher.worker.asking import Asking
+from launcher.worker.byshard import weights_in
+from launcher.worker.checkpoint import partitions
 from launcher.worker.code_trial import Recomputation
-from launcher.worker.data.batches import Batch, StepOrder, collator
+from launcher.worker.data.batches import Batch, StepOrder, WholeSteps, collator
 from launcher.worker.data.tokens import IGNORED
 from launcher.worker.dtensors import local
+from launcher.worker.flow import Epochs, Flow
 from launcher.worker.loading import find_checkpoint
 from launcher.worker.metrics import Metrics
 from launcher.worker.prepared import Prepared
 from launcher.worker.pulse import Pulse
+from launcher.worker.requests import Requests
+from launcher.worker.weights import PARAMETERS_SHARDED, write_weights
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 _ADALORA_FILE = "adalora.safetensors"
@@ -88,15 +93,21 @@ class PlannedTrainer(Trainer):
         self.train_rows, self.eval_rows = parts["train"], parts["eval"]
         collate = collator(plan.batching, prepared.pad_token_id, family(plan.shape.family).own_mask)
         arguments = training_arguments(plan, run, len(self.train_rows))
-        super().__init__(model=parts["model"], args=arguments, train_dataset=self.train_rows, data_collator=collate)
+        rows = WholeSteps(self.train_rows, plan.global_batch)
+        super().__init__(model=parts["model"], args=arguments, train_dataset=rows, data_collator=collate)
         if plan.strategy == "fsdp":
             # Precision and no more: a model that accelerate has prepared it does not wrap in DDP.
             self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
+        self.order = StepOrder(
+            self.train_rows["length"][:], plan.global_batch, plan.recipe.train.seed, plan.batching == "bucketed"
+        )
         self.metrics = Metrics(run, plan, prepared, self.args.device)
         check_world(plan, self, pulse.rank)
+        self.requests = Requests(run)
         per_epoch = steps_per_epoch(plan, len(self.train_rows))
         for callback in (
-            Flow(plan, per_epoch, bool(len(self.eval_rows))),
+            Epochs(self.order, per_epoch),
+            Flow(plan, per_epoch, bool(len(self.eval_rows)), self.requests),
             FirstStepCheck(self),
             *([Asking(self)] if plan.recipe.data.questions else []),  # before the metrics, which close at the end
             self.metrics,
@@ -108,10 +119,7 @@ class PlannedTrainer(Trainer):
             self.add_callback(RankLog(self.metrics))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> StepOrder:
-        lengths = self.train_rows["length"][:]
-        return StepOrder(
-            lengths, self.plan.global_batch, self.plan.recipe.train.seed, bucketed=self.plan.batching == "bucketed"
-        )
+        return self.order
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         self.metrics.counters.add(inputs)
@@ -164,8 +172,11 @@ class PlannedTrainer(Trainer):
                 logits = self.model(**batch).logits[:, :-1].float()
                 loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
                 total += torch.stack([loss.double(), (labels != IGNORED).sum().double()])
+        # Without a backward pass the last weights that were gathered stay whole, or on their way.
         if isinstance(self.model, FSDPModule):
-            self.model.reshard()  # without a backward pass the last weights that were gathered stay whole
+            self.model.reshard()
+        elif self.plan.strategy == "zero3":
+            self.model_wrapped.empty_partition_cache()
         return total
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -174,28 +185,22 @@ class PlannedTrainer(Trainer):
         at = checkpoint.Position(
             self.state.global_step, float(self.state.epoch or 0), self.prepared.rows_key, evals[-1] if evals else None
         )
-        checkpoint.save_checkpoint(self.run, self.plan, at, self._write_files, self._join_files)
+        checkpoint.save_checkpoint(self.run, self.plan, at, self._write_files)
         self.pulse.beat("train")
 
-    def _write_files(self, folder: Path) -> None:
+    def _write_files(self, folder: checkpoint.Staging) -> None:
         """This rank's files of a checkpoint."""
         if self.plan.deepspeed is not None:
-            zero.write_state(folder, self.model_wrapped, self.lr_scheduler.last_epoch)
+            partitions.write_state(folder, self.model_wrapped, self.model, self.lr_scheduler.last_epoch)
         else:
             checkpoint.write_optimizer(folder, self.optimizer, self.lr_scheduler, self.model)
-        self._save_rng_state(str(folder))
-        if self.plan.strategy in sharding.PARAMETERS_SHARDED:
-            sharding.write_weights(folder, self.model, self.plan)
+        write_weights(folder, self.model, self.plan)
+        folder.by_library(lambda aside: self._save_rng_state(str(aside)))
         if self.args.process_index == 0:
-            if self.plan.strategy not in sharding.PARAMETERS_SHARDED:
-                self.model.save_pretrained(folder, max_shard_size=self.plan.recipe.checkpoint.max_shard_size)
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-            self._save_scaler(str(folder))
+            folder.by_library(lambda aside: self.state.save_to_json(str(aside / "trainer_state.json")))
+            folder.by_library(lambda aside: self._save_scaler(str(aside)))
             if self.plan.recipe.adapter.type == "adalora":
-                save_file(adapters.adalora_state(self.model), folder / _ADALORA_FILE)
-
-    def _join_files(self, folder: Path) -> None:
-        """What rank 0 makes of the files of all ranks: nothing, they are what they have to be."""
+                folder.tensors(_ADALORA_FILE, adapters.adalora_state(self.model))
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """The Trainer's own, which for DeepSpeed would look for DeepSpeed's files: weights are read before it, the rest after it."""
@@ -208,7 +213,8 @@ class PlannedTrainer(Trainer):
         return ready
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.plan.strategy in sharding.PARAMETERS_SHARDED:
+        is_first = resume_from_checkpoint == str(self.run.path / str(self.plan.resume_from))
+        if self.plan.strategy in PARAMETERS_SHARDED or (is_first and self.plan.recipe.adapter.type == "full"):
             return  # they were read from it when the model was made
         if self.plan.recipe.adapter.type == "adalora":
             adapters.load_adalora_state(self.model, load_file(Path(resume_from_checkpoint) / _ADALORA_FILE))
@@ -242,55 +248,12 @@ class PlannedTrainer(Trainer):
         if checkpoint_dir is None:
             return
         if self.plan.deepspeed is not None:
-            last_epoch = zero.read_state(Path(checkpoint_dir), self.model_wrapped)
+            folder = Path(checkpoint_dir)
+            weights = weights_in(self.model, folder, folder)
+            last_epoch = partitions.read_state(folder, self.model_wrapped, self.model, weights)
         else:
             last_epoch = checkpoint.read_optimizer(Path(checkpoint_dir), self.optimizer, self.model)
         checkpoint.set_schedule(self.lr_scheduler, self.optimizer, last_epoch)
-
-
-class Flow(TrainerCallback):
-    """Decides at every step whether to log, evaluate, save and stop; the same on every rank, from the step alone."""
-
-    def __init__(self, plan: Plan, per_epoch: int, has_eval: bool) -> None:
-        train = plan.recipe.train
-        self.log_every = train.log_every_steps
-        self.eval_every = train.eval_every_steps if train.eval_every_steps != "auto" else per_epoch
-        every = plan.recipe.checkpoint.every_steps
-        self.save_every = every if every != "auto" else per_epoch
-        self.has_eval = has_eval
-        self.early_stopping = train.early_stopping
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        step, last = state.global_step, state.global_step >= state.max_steps
-        control.should_save = last or step % self.save_every == 0
-        control.should_evaluate = self.has_eval and (last or step % self.eval_every == 0)
-        # A save ends a logging window, so that a resumed run logs the very windows of the uninterrupted one. Under early stopping an
-        # evaluation may be followed by one.
-        may_save = control.should_save or (control.should_evaluate and self.early_stopping is not None)
-        control.should_log = may_save or step == 1 or step % self.log_every == 0
-        control.should_training_stop = last
-
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
-    ) -> None:
-        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-        if self.early_stopping is None or state.global_step == 0:
-            return
-        # Who stops early wants the best weights, not the last: each new best is saved, and rotation spares it.
-        control.should_save = control.should_save or losses[-1] <= min(losses)
-        if rounds_without_gain(losses, self.early_stopping.min_delta) >= self.early_stopping.patience:
-            control.should_training_stop = control.should_save = True
-
-
-def rounds_without_gain(losses: list[float], min_delta: float) -> int:
-    """Evaluations since the loss last fell by more than `min_delta` below the best before it."""
-    best, since = float("inf"), 0
-    for loss in losses:
-        if loss < best - min_delta:
-            best, since = loss, 0
-        else:
-            since += 1
-    return since
 
 
 class NoGradientError(LaunchError):

@@ -1,24 +1,18 @@
-"""What DeepSpeed needs beside its JSON: a partitioned model, its optimizer's state in our files, and proof that it does what was planned.
+"""What DeepSpeed needs beside its JSON: a partitioned model, and proof that it does what was planned.
 
 DeepSpeed's launcher is not part of this: its signal handler ends processes by pattern. Ranks come from torchrun.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from launcher.plan import Plan
 from launcher.worker.byshard import Weights
 from launcher.worker.model import DTYPES
-
-State = dict[str, Any]
 
 
 def connect() -> None:
@@ -60,69 +54,26 @@ def _only(parameter: torch.nn.Parameter) -> torch.nn.Module:
     return module
 
 
-def gathered(parameter: Any) -> torch.Tensor | None:
-    """The whole of a ZeRO-3 parameter on rank 0's CPU, None on the others. Every rank has to ask."""
+def gathered(parameter: Any, wanted: bool) -> torch.Tensor | None:
+    """The whole of a ZeRO-3 parameter on the CPU of a rank that wants it, None on the others. Every rank has to ask."""
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([parameter]):
-        return parameter.detach().to("cpu", copy=True) if dist.get_rank() == 0 else None
+        return parameter.detach().to("cpu", copy=True) if wanted else None
 
 
-def write_state(folder: Path, engine: Any, last_epoch: int) -> None:
-    """This rank's part of masters and moments, as flat as DeepSpeed has them; on rank 0 also what is no tensor."""
-    tensors: dict[str, torch.Tensor] = {}
-    scalars: dict[str, State] = {}
-    for place, master in enumerate(_masters(engine)):
-        tensors[f"{place}|master"] = master.detach().cpu()
-        state = engine.optimizer.optimizer.state[master]
-        tensors |= {f"{place}|{key}": value.cpu().contiguous() for key, value in state.items() if _is_tensor(value)}
-        scalars[str(place)] = {key: value for key, value in state.items() if not _is_tensor(value)}
-    save_file(tensors, folder / _file_name())
-    if dist.get_rank() == 0:
-        scaler = {
-            key: value for key, value in vars(engine.optimizer.loss_scaler).items() if isinstance(value, int | float)
-        }
-        left = {"scalars": scalars, "loss_scaler": scaler, "last_epoch": last_epoch}
-        (folder / "optimizer.json").write_text(json.dumps(left))
-
-
-def read_state(folder: Path, engine: Any) -> int:
-    """Put this rank's part back; the scheduler's step. The model's own weights are there already."""
-    left = json.loads((folder / "optimizer.json").read_text())
-    with safe_open(folder / _file_name(), framework="pt") as file:
-        saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - a safe_open is no mapping
-    for place, master in enumerate(_masters(engine)):
-        master.data.copy_(saved.pop(f"{place}|master"))
-        state = engine.optimizer.optimizer.state[master]
-        state.update(left["scalars"][str(place)])
-        for key in [key for key in saved if key.startswith(f"{place}|")]:
-            value, kind = saved.pop(key), key.partition("|")[2]
-            # A count of steps stays where the optimizer keeps it, moments go to their master.
-            place_of = state[kind].device if _is_tensor(state.get(kind)) else master.device
-            state[kind] = value.to(place_of)
-    assert not saved, f"no parameter has {list(saved)[:4]}"
-    for key, value in left["loss_scaler"].items():
-        setattr(engine.optimizer.loss_scaler, key, value)
-    return int(left["last_epoch"])
-
-
-def _masters(engine: Any) -> list[torch.Tensor]:
+def masters(engine: Any) -> list[torch.Tensor]:
     """The flat fp32 tensors of this rank that the optimizer steps on."""
     optimizer = engine.optimizer
-    flat = optimizer.fp32_partitioned_groups_flat if _stage(engine) == 3 else optimizer.single_partition_of_fp32_groups
+    flat = (
+        optimizer.fp32_partitioned_groups_flat if stage_of(engine) == 3 else optimizer.single_partition_of_fp32_groups
+    )
     return list(flat)
 
 
-def _stage(engine: Any) -> int:
+def stage_of(engine: Any) -> int:
+    """1, 2 or 3."""
     return int(engine.zero_optimization_stage())
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
-
-
-def _file_name() -> str:
-    return f"optimizer-rank{dist.get_rank()}.safetensors"
 
 
 def what_is_wrong(engine: Any, model: torch.nn.Module, plan: Plan) -> str | None:
@@ -131,27 +82,28 @@ def what_is_wrong(engine: Any, model: torch.nn.Module, plan: Plan) -> str | None
 
     if not isinstance(engine, deepspeed.DeepSpeedEngine):
         return f"the model is trained by {type(engine).__name__}, not by DeepSpeed"
-    if _stage(engine) != int(plan.strategy[-1]):
-        return f"DeepSpeed runs stage {_stage(engine)}"
+    if stage_of(engine) != int(plan.strategy[-1]):
+        return f"DeepSpeed runs stage {stage_of(engine)}"
     if engine.dp_world_size != plan.num_processes:
         return f"DeepSpeed sees {engine.dp_world_size} of {plan.num_processes} ranks"
-    masters = _masters(engine)
-    held, trained = sum(master.numel() for master in masters), sum(map(numel, _trained(model)))
+    flat, parameters = masters(engine), [parameter for _, parameter in trained(model)]
+    held, wanted = sum(master.numel() for master in flat), sum(map(numel, parameters))
     # Cut into equal parts: rounded up for each group, by stage 3 for each parameter.
-    spare = 2 * plan.num_processes * (1 + len(_trained(model)))
-    if held * plan.num_processes > trained + spare or held * plan.num_processes < trained:
-        return f"this rank holds {held:,} of {trained:,} trained values"
-    if plan.recipe.strategy.offload != "none" and any(master.device.type != "cpu" for master in masters):
-        return f"the optimizer's state is on {masters[0].device}, not in host memory"
-    if _stage(engine) == 3:
+    spare = 2 * plan.num_processes * (1 + len(parameters))
+    if held * plan.num_processes > wanted + spare or held * plan.num_processes < wanted:
+        return f"this rank holds {held:,} of {wanted:,} trained values"
+    if plan.recipe.strategy.offload != "none" and any(master.device.type != "cpu" for master in flat):
+        return f"the optimizer's state is on {flat[0].device}, not in host memory"
+    if stage_of(engine) == 3:
         whole = [name for name, parameter in model.named_parameters() if not hasattr(parameter, "ds_tensor")]
         if whole:
             return f"{len(whole)} parameters are whole on every rank, such as {whole[0]}"
     return None
 
 
-def _trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+def trained(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    """(name, parameter) of what is trained."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def numel(parameter: Any) -> int:

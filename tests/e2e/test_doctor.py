@@ -13,7 +13,7 @@ import click
 
 import launcher
 from launcher.plan import Plan
-from launcher.preflight.disk import _BESIDE_BYTES, checkpoint_bytes
+from launcher.plan.continuing import _BESIDE_BYTES, checkpoint_bytes
 from launcher.rundir import RunDir, read_json
 from tests.e2e.conftest import Launcher
 

@@ -16,7 +16,7 @@ from tests.e2e.conftest import Launcher, Process, Sabotage, Started, all_gone, r
 
 LONG = "train.max_steps=100000"
 EVERY_50 = "checkpoint.every_steps=50"
-IGNORES_SIGTERM = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+IGNORES_SIGINT = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 SECONDS = 10.0
 
 
@@ -45,26 +45,99 @@ def assert_stopped(started: Started, took: float, number: int, processes: set[Pr
     assert "Traceback" not in started.stdout + started.stderr
 
 
-def test_sigterm_while_training_and_the_run_goes_on_later(launch: Launcher, recipe: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    started = launch.start(recipe, "--run-dir", run, LONG, EVERY_50)
-    started.wait_for_event(run, "save")
-    processes = processes_of(started, run)
+def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_been(
+    launch: Launcher, recipe: Path, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "run")
+    # How long a run is meant to be changes no step of it.
+    same = ("train.schedule=constant", "train.warmup=0", "adapter.dropout=0.1")
+    started = launch.start(recipe, "--run-dir", run.path, LONG, "checkpoint.every_steps=100000", *same)
+    started.wait_for_event(run.path, "log")
+    run.save_now.touch()
+    asked = started.wait_for_event(run.path, "save")["step"]
+    assert not run.save_now.exists()
+    processes = processes_of(started, run.path)
     assert len(processes) == 4, "torchrun, what its ranks are copies of, and two ranks"
 
     took = stop(started, signal.SIGTERM)
 
     assert_stopped(started, took, signal.SIGTERM, processes)
-    assert "go on later with: launch resume run" in started.stderr
-    report = report_of(run)
-    assert (report["result"], report["exit_code"], report["failure"]) == ("interrupted", 130, None)
-
-    newest, _ = manifest.newest_valid(RunDir(run))
+    newest, _ = manifest.newest_valid(run)
     assert newest is not None
-    resumed = launch("resume", run, f"train.max_steps={newest.step + 1}")
+    assert newest.step > asked
+    assert f"step-{newest.step} is saved" in started.stderr
+    assert "go on later with: launch resume run" in started.stderr
+    assert f"saving       step-{asked}, as asked (save-now)" in started.stdout
+    assert "SIGTERM: every rank saves when this step is done, then ends" in started.stdout
+    report = report_of(run.path)
+    assert (report["result"], report["exit_code"], report["failure"]) == ("interrupted", 130, None)
+    assert (report["stopped_by"], report["stopped_early"], report["steps"]) == ("SIGTERM", False, newest.step)
+
+    last = newest.step + 2
+    resumed = launch("resume", run.path, f"train.max_steps={last}")
     assert resumed.returncode == 0, resumed.stderr
     assert f"step-{newest.step}: complete, verified" in resumed.stdout
-    assert report_of(run)["result"] == "done"
+    whole = launch(recipe, "--run-dir", "whole", f"train.max_steps={last}", "checkpoint.every_steps=100000", *same)
+    assert whole.returncode == 0, whole.stderr
+    assert losses(run) == losses(RunDir(tmp_path / "whole"))
+    assert list(losses(run)) == list(range(1, last + 1))
+
+
+def losses(run: RunDir) -> dict[int, float]:
+    return {event["step"]: event["loss"] for event in read_events(run)[0] if event["event"] == "log"}
+
+
+def test_every_way_to_stop_a_run_that_is_not_here(launch: Launcher, recipe: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    refused = launch("stop", recipe.parent)
+    assert (refused.returncode, "holds no plan.json" in refused.stderr) == (2, True)
+
+    def train(*args: str | Path) -> Started:
+        since = len(read_events(run)[0])
+        started = launch.start(*args, LONG, "checkpoint.every_steps=100000")
+        started.wait_for(lambda: [event for event in read_events(run)[0][since:] if event["event"] == "log"])
+        return started
+
+    def stopped(started: Started, why: str) -> int:
+        """The step that was saved."""
+        assert started.process.wait(SECONDS) == 130, started.stderr
+        assert "Traceback" not in started.stdout + started.stderr
+        assert started.stderr.startswith(f"error: {why}: every process of this run has ended; step-")
+        newest, _ = manifest.newest_valid(run)
+        assert newest is not None
+        return newest.step
+
+    # A scheduler that tells one rank.
+    started = train(recipe, "--run-dir", run.path)
+    os.kill(read_json(run.heartbeat(1))["pid"], signal.SIGUSR1)
+    first = stopped(started, "SIGUSR1")
+
+    # One that tells every process there is.
+    started = train("resume", run.path)
+    processes = processes_of(started, run.path)
+    for pid, _ in (started.itself, *processes):
+        os.kill(pid, signal.SIGTERM)
+    second = stopped(started, "SIGTERM")
+    assert second > first
+    assert all_gone(processes, 0.5)
+
+    # A person at another terminal, with and without a checkpoint.
+    started = train("resume", run.path)
+    told = launch("stop", "run", "--save")
+    third = stopped(started, "launch stop --save")
+    assert third > second
+    assert told.stdout.splitlines() == [
+        f"stopped      every process of this run has ended; step-{third} is saved",
+        "  go on      launch resume run",
+    ]
+    started = train("resume", run.path)
+    processes = processes_of(started, run.path)
+    told = launch("stop", "run")
+    assert stopped(started, "SIGINT") == third
+    assert all_gone(processes, 0.5)
+    assert f"step-{third} is saved" in told.stdout
+    again = launch("stop", "run")
+    assert (again.returncode, "no launcher works there" in again.stderr) == (2, True)
 
 
 def test_ctrl_c_in_a_terminal_reaches_the_launcher_alone(launch: Launcher, recipe: Path, tmp_path: Path) -> None:
@@ -87,11 +160,11 @@ def test_ctrl_c_in_a_terminal_reaches_the_launcher_alone(launch: Launcher, recip
     assert not any("KeyboardInterrupt" in path.read_text() for path in (run / "logs").glob("*rank*.log"))
 
 
-def test_a_closed_terminal_ends_the_run_even_where_ranks_ignore_sigterm(
+def test_a_closed_terminal_ends_the_run_even_where_ranks_do_not_react(
     launch: Launcher, sabotage: Sabotage, recipe: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    stubborn = sabotage.module("launcher.worker.training", IGNORES_SIGTERM, ranks=(0, 1))
+    stubborn = sabotage.module("launcher.worker.training", IGNORES_SIGINT, ranks=(0, 1))
     started = launch.start_in_terminal(recipe, "--run-dir", run, LONG, EVERY_50, **stubborn)
     started.wait_for_event(run, "save")
     processes = processes_of(started, run)

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from launcher.worker.data.batches import StepOrder, collator
+from launcher.worker.data.batches import StepOrder, WholeSteps, collator
 from launcher.worker.data.tokens import IGNORED
 
 PAD = 0
@@ -26,8 +27,11 @@ def order(
     lengths: list[int], global_batch: int = 8, seed: int = 42, bucketed: bool = True, epoch: int = 0
 ) -> list[int]:
     made = StepOrder(lengths, global_batch, seed, bucketed)
-    made.set_epoch(epoch)
-    return list(made)
+    made.go_to(epoch)
+    rows = list(made)
+    assert len(rows) == len(made)
+    assert rows[len(lengths) :] == list(range(len(lengths), len(made))), "rows that teach nothing fill the last step"
+    return rows[: len(lengths)]
 
 
 def padding_share(lengths: list[int], rows: list[int], micro_batch: int) -> float:
@@ -45,7 +49,7 @@ def test_an_epoch_has_every_row_once(num, global_batch, bucketed):
     lengths = lengths_like_alpaca(num)
     rows = order(lengths, global_batch, bucketed=bucketed)
     assert sorted(rows) == list(range(num))
-    assert len(StepOrder(lengths, global_batch, 42, bucketed)) == num
+    assert len(StepOrder(lengths, global_batch, 42, bucketed)) == -(-num // global_batch) * global_batch
 
 
 @pytest.mark.parametrize("bucketed", [True, False])
@@ -57,11 +61,22 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_that_happened_before
     torch.rand(3)
     made = StepOrder(lengths, 8, 42, bucketed)
     for epoch in (3, 1, 0):  # a resumed run starts in another epoch and may go through one twice
-        made.set_epoch(epoch)
+        made.go_to(epoch)
         list(made)
-    assert list(made) == list(made) == first
+    assert list(made) == list(made) == first  # 200 rows are whole steps
     orders = [order(lengths, seed=seed, epoch=epoch, bucketed=bucketed) for seed in (42, 43) for epoch in (0, 1, 2)]
     assert all(one != other for one, other in itertools.combinations(orders, 2))
+
+
+def test_the_last_step_is_filled_with_rows_that_teach_nothing():
+    columns = {"input_ids": [[1, 2, 3], [4, 5], [6, 7, 8, 9]], "labels": [[1, 2, 3], [IGNORED, 5], [6, 7, 8, 9]]}
+    rows = WholeSteps(Dataset.from_dict({**columns, "length": [3, 2, 4]}), 2)
+    assert len(rows) == 4
+    taken = rows.__getitems__([2, 0, 3])
+    assert [row["input_ids"] for row in taken] == [[6, 7, 8, 9], [1, 2, 3], [4, 5]]
+    assert [row["labels"] for row in taken] == [[6, 7, 8, 9], [1, 2, 3], [IGNORED, IGNORED]]
+    assert taken == [rows[2], rows[0], rows[3]]
+    assert rows.__getitems__([3]) == [rows[3]]
 
 
 def test_taking_the_order_leaves_the_random_numbers_of_the_run_alone():

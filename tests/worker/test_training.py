@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from launcher import manifest
 from launcher.errors import PreflightError
-from launcher.worker.training import rounds_without_gain
+from launcher.worker.flow import rounds_without_gain
 from tests.worker.conftest import Job
 
 

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from transformers import TrainerState
 
 from launcher.plan import Plan, steps_per_epoch
-from launcher.rundir import RunDir, write_json
+from launcher.rundir import RunDir
 from launcher.worker import checkpoint
 from launcher.worker.pipeline.cutting import Stage, build_stage, prove, stream_dtype
-from launcher.worker.pipeline.saving import join_parts, read_rng_state, write_part, write_rng_state
+from launcher.worker.pipeline.saving import read_rng_state, write_part, write_rng_state
 from launcher.worker.pipeline.schedule import Pipeline, micro_batches
 from launcher.worker.prepared import Prepared
 from launcher.worker.pulse import Pulse
@@ -92,10 +92,10 @@ class PipelinedTrainer(PlannedTrainer):
         while not self.control.should_training_stop:
             epoch, place = divmod(self.state.global_step, per_epoch)
             if place == 0 or self._numbers is None:
-                order.set_epoch(epoch)
+                order.go_to(epoch)
                 self._numbers = list(order)
             chosen = self._numbers[place * global_batch : (place + 1) * global_batch]
-            logs = self._step([self.train_rows[number] for number in chosen])
+            logs = self._step([self.train_dataset[number] for number in chosen])
             self.state.global_step += 1
             self.state.epoch = epoch + min(1.0, (place + 1) * global_batch / len(self.train_rows))
             self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
@@ -192,19 +192,15 @@ class PipelinedTrainer(PlannedTrainer):
         self.stage.train()
         return total
 
-    def _write_files(self, folder: Path) -> None:
+    def _write_files(self, folder: checkpoint.Staging) -> None:
         rank = self.pulse.rank
-        checkpoint.write_optimizer(folder, self.optimizer, self.lr_scheduler, self.model, own_parameters=True)
+        checkpoint.write_optimizer(folder, self.optimizer, self.lr_scheduler, self.model, alike=False)
         write_rng_state(folder, rank, self.args.device)
         write_part(folder, self.model, self.plan, rank)
         if rank == 0:
-            self.state.save_to_json(str(folder / "trainer_state.json"))
+            folder.by_library(lambda aside: self.state.save_to_json(str(aside / "trainer_state.json")))
             if self.scale is not None:
-                write_json(folder / "loss_scale.json", [self.scale.value, self.scale.good_steps])
-
-    def _join_files(self, folder: Path) -> None:
-        checkpoint.join_optimizer(folder)
-        join_parts(folder, self.model, self.plan)
+                folder.text("loss_scale.json", json.dumps([self.scale.value, self.scale.good_steps]))
 
     def _load_rng_state(self, checkpoint_dir: str | None) -> None:
         num = len(self.plan.stages)

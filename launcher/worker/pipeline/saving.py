@@ -1,6 +1,6 @@
-"""A checkpoint from the stages of a pipeline, laid out as that of one process: each rank writes what it has, the first one joins the parts.
+"""A checkpoint from the stages of a pipeline, laid out as that of one process: each rank writes what it has, under the names of the whole.
 
-No weight travels between ranks: they share the folder.
+An adapter's tensors travel to the first rank, which writes them as one file; weights of full training do not travel.
 """
 
 from __future__ import annotations
@@ -9,62 +9,42 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from launcher.plan import Plan
-from launcher.worker.byshard import ADAPTER_FILE
-from launcher.worker.sharding import in_files, write_index
+from launcher.worker.checkpoint import Staging, gathered
+from launcher.worker.weights import files_of, write_adapter_files, write_model_files
 
 
-def write_part(folder: Path, model: Any, plan: Plan, rank: int) -> None:
-    """This rank's weights: of an adapter, or in files of at most checkpoint.max_shard_size."""
-    if plan.recipe.adapter.type == "full":
-        held = dict(model.named_parameters())
-        for place, names in enumerate(in_files(model, plan.recipe.checkpoint.max_shard_size)):
-            tensors = {name: held[name].detach().cpu().contiguous() for name in names}
-            if tensors:
-                save_file(tensors, folder / f"part-{rank:04d}-{place:05d}.safetensors", metadata={"format": "pt"})
-    elif rank == 0:
-        model.save_pretrained(folder)  # its config too
-    else:
+def write_part(folder: Staging, model: Any, plan: Plan, rank: int) -> None:
+    """This rank's weights: of an adapter, or in files of at most checkpoint.max_shard_size. Every rank has to call it."""
+    if plan.recipe.adapter.type != "full":
         from peft import get_peft_model_state_dict
 
         trained = {name: tensor.detach().cpu() for name, tensor in get_peft_model_state_dict(model).items()}
-        save_file(
-            {name: tensor.contiguous() for name, tensor in trained.items()}, folder / f"part-{rank:04d}.safetensors"
-        )
-
-
-def join_parts(folder: Path, model: Any, plan: Plan) -> None:
-    """Make of all parts what PEFT and transformers read, on the first rank.
-
-    Raises:
-        OSError, SafetensorError: a file could not be written.
-    """
-    parts = sorted(folder.glob("part-*.safetensors"))
-    if plan.recipe.adapter.type != "full":
-        weights: dict[str, torch.Tensor] = load_file(folder / ADAPTER_FILE)
-        for part in parts:
-            weights |= load_file(part)
-        save_file(weights, folder / ADAPTER_FILE, metadata={"format": "pt"})
-        for part in parts:
-            part.unlink()
+        parts = gathered(trained)
+        if rank == 0:
+            write_adapter_files(folder, model, {name: tensor for part in parts for name, tensor in part.items()})
         return
+    held = dict(model.named_parameters())
+    sizes = {name: parameter.numel() * parameter.element_size() for name, parameter in held.items()}
+    groups = [names for names in files_of(sizes, plan.recipe.checkpoint.max_shard_size).values() if names]
+    numbers = gathered(len(groups))
+    before, total = sum(numbers[:rank]), sum(numbers)
     kept = {}
-    for place, part in enumerate(parts, 1):
-        name = f"model-{place:05d}-of-{len(parts):05d}.safetensors"
-        part.rename(folder / name)
-        with safe_open(folder / name, framework="pt") as file:
-            kept |= dict.fromkeys(file.keys(), name)
-    write_index(folder, kept)
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
+    for place, names in enumerate(groups, before + 1):
+        file = f"model-{place:05d}-of-{total:05d}.safetensors"
+        folder.tensors(file, {name: held[name].detach() for name in names})
+        kept |= dict.fromkeys(names, file)
+    parts = gathered((kept, sum(sizes.values())))
+    if rank == 0:
+        weight_map = {name: file for files, _ in parts for name, file in files.items()}
+        write_model_files(folder, model, weight_map, sum(num_bytes for _, num_bytes in parts))
 
 
-def write_rng_state(folder: Path, rank: int, device: torch.device) -> None:
+def write_rng_state(folder: Staging, rank: int, device: torch.device) -> None:
     """The random states of this rank; dropout draws from them."""
-    save_file(rng_state(device), folder / f"rng-rank{rank}.safetensors")
+    folder.tensors(f"rng-rank{rank}.safetensors", rng_state(device))
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

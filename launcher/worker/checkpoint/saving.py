@@ -1,0 +1,186 @@
+"""Commits checkpoints/step-N: a staging folder, every rank's files flushed by that rank, a meeting, the manifest last, one rename."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from launcher.manifest import FILE_NAME, Manifest, best_first, describe_file, folders, set_aside, sync_folder
+from launcher.plan import Plan, identity
+from launcher.rundir import RunDir, append_event
+from launcher.worker.checkpoint.files import Staging, write_bytes
+
+_STAGING, _DELETING = ".staging-", ".deleting-"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where in training a checkpoint is taken; `eval_loss` is the newest one, None before the first."""
+
+    step: int
+    epoch: float
+    rows_key: str
+    eval_loss: float | None
+
+
+class NotSavedError(OSError):
+    """A checkpoint that was not committed: raised on every rank, with the reason of the first; older ones are as they were."""
+
+
+def save_checkpoint(run: RunDir, plan: Plan, at: Position, write: Callable[[Staging], None]) -> Path:
+    """Commit checkpoints/step-N. Called by every rank; `write` puts this rank's files into the folder it is given.
+
+    Raises:
+        NotSavedError: a file could not be written; the staging folder is removed and nothing older is touched.
+    """
+    return commit(run, plan, at, stage(run, at, write))
+
+
+def stage(run: RunDir, at: Position, write: Callable[[Staging], None], later: bool = False) -> Staging:
+    """Make the staging folder and have this rank's files written, or with `later` copied.
+
+    Raises:
+        NotSavedError: there can be no folder.
+    """
+    folder = Staging(run.checkpoints / f"{_STAGING}step-{at.step}", later)
+    error = _begun(run, folder.path) if _rank() == 0 else None
+    _require(at, gathered(error))
+    try:
+        write(folder)
+    except (OSError, RuntimeError, SafetensorError) as failure:
+        # torch and safetensors have errors of their own for a full disk.
+        folder.error = folder.error or failure
+    return folder
+
+
+def commit(run: RunDir, plan: Plan, at: Position, folder: Staging, group: Any = None) -> Path:
+    """Write what was put off, meet, and give the folder its name; every rank calls it.
+
+    Args:
+        group: the ranks' way to meet; one of its own in another thread.
+
+    Raises:
+        NotSavedError: on every rank, where one of them could not write.
+    """
+    target = run.checkpoints / f"step-{at.step}"
+    folder.write()
+    found = gathered((f"rank {_rank()}: {folder.error}" if folder.error else None, folder.files), group)
+    error = next((message for message, _ in found if message), None)
+    if _rank() == 0:
+        if error is None:
+            files = {name: entry for _, mine in found for name, entry in mine.items()}
+            error = _committed(folder.path, target, _manifest(plan, at, len(found)).model_copy(update={"files": files}))
+        if error is None:
+            append_event(run, {"event": "save", "time": time.time(), "step": at.step})
+            _rotate(run, plan, target)
+        else:
+            shutil.rmtree(folder.path, ignore_errors=True)
+    _require(at, gathered(error, group))
+    return target
+
+
+def _require(at: Position, errors: list[str | None]) -> None:
+    if errors[0] is not None:
+        raise NotSavedError(f"checkpoint step-{at.step} was not saved: {errors[0]}")
+
+
+def _begun(run: RunDir, folder: Path) -> str | None:
+    """Make the folder, and remove what earlier attempts left half done; why it cannot be done."""
+    try:
+        run.checkpoints.mkdir(exist_ok=True)
+        for left in run.checkpoints.iterdir():
+            if left.name.startswith((_STAGING, _DELETING)):
+                shutil.rmtree(left)
+        folder.mkdir()
+    except OSError as error:
+        return f"rank 0: {error}"
+    return None
+
+
+def _manifest(plan: Plan, at: Position, num_ranks: int) -> Manifest:
+    return Manifest(
+        step=at.step,
+        epoch=at.epoch,
+        rows_key=at.rows_key,
+        identity=identity(plan),
+        eval_loss=at.eval_loss,
+        world={
+            "num_processes": num_ranks,
+            "strategy": plan.strategy,
+            "micro_batch": plan.micro_batch,
+            "accumulation": plan.accumulation,
+        },
+        files={},
+    )
+
+
+def _committed(staging: Path, target: Path, manifest: Manifest) -> str | None:
+    """Manifest, flush, rename; why it could not be done."""
+    try:
+        files = {**_written_past_us(staging, manifest), **manifest.files}
+        whole = manifest.model_copy(update={"files": dict(sorted(files.items()))}).sealed()
+        write_bytes(staging / FILE_NAME, whole.model_dump_json(indent=1).encode() + b"\n")
+        sync_folder(staging)
+        if target.exists():
+            set_aside(target)  # only a damaged folder can be in the way: a valid one would have been resumed from
+        staging.rename(target)
+        sync_folder(target.parent)
+    except OSError as error:
+        return f"rank 0: {error}"
+    return None
+
+
+def _written_past_us(staging: Path, manifest: Manifest) -> dict[str, Any]:
+    """Files that a library wrote into the folder itself: flushed, given the permissions of other files, and read back."""
+    umask = os.umask(0)
+    os.umask(umask)
+    found = {}
+    for path in sorted(path for path in staging.rglob("*") if path.is_file()):
+        name = str(path.relative_to(staging))
+        if name not in manifest.files:
+            path.chmod(0o666 & ~umask)  # safetensors writes 0600, which locks colleagues out of a shared folder
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            found[name] = describe_file(path)
+    return found
+
+
+def _rotate(run: RunDir, plan: Plan, newest: Path) -> None:
+    """Delete what is older than `keep` complete checkpoints; the best one stays, and folders without a manifest are not counted."""
+    with suppress(OSError):  # what cannot be deleted now is tried again after the next save
+        for folder in folders(run):
+            if folder == newest:
+                break
+            set_aside(
+                folder
+            )  # of a later step than the one just committed: passed over on resume, it counts for nothing
+        complete = [folder for folder in folders(run) if (folder / FILE_NAME).is_file()]
+        best = [folder for _, folder in best_first(run)[:1]]
+        for folder in complete[plan.recipe.checkpoint.keep :]:
+            if folder not in best:
+                # The name goes first: a half-deleted folder must not look like a checkpoint.
+                doomed = folder.with_name(f"{_DELETING}{folder.name}")
+                folder.rename(doomed)
+                shutil.rmtree(doomed)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gathered(value: Any, group: Any = None) -> list[Any]:
+    """The value of every rank, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
