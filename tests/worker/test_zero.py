@@ -65,6 +65,7 @@ def test_an_engine_of_another_stage_is_found(job: Job) -> None:
     assert zero.what_is_wrong(model, model, plan) == "the model is trained by Linear, not by DeepSpeed"
 
 
+@pytest.mark.compiles
 @pytest.mark.skipif(shutil.which("c++") is None, reason="offloading compiles an operator with a C++ compiler")
 @pytest.mark.parametrize("part", ["optimizer", "parameters"])
 def test_what_is_offloaded_learns_the_same(job: Job, tmp_path: Path, part: str) -> None:
