@@ -101,6 +101,8 @@ def run(asked: Asked, run_dir: str | None, dry_run: bool, rehearse: bool) -> Non
     """Train: plan, prepare, start the ranks, follow them to the end."""
     if run_dir is not None:
         asked = asked.with_overrides(f"launch.run_dir={run_dir}")
+    if rehearse and dry_run:
+        raise UsageError("--rehearse --dry-run", "one starts everything, the other nothing", "leave one of them out")
     if rehearse:
         start.rehearse(asked)
     loaded, plan = start.plan_recipe(asked)

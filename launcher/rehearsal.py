@@ -40,10 +40,9 @@ def rehearsal_of(plan: Plan, run: RunDir) -> Plan:
     """The plan of the rehearsal, whose rows may be written into its run directory."""
     notes: list[str] = []
     ranks = min(plan.cluster.num_devices, _MOST_RANKS)
-    if ranks < plan.cluster.num_devices:
-        notes.append(
-            f"{ranks} ranks on one host in the place of {plan.cluster.num_devices} on {plan.cluster.num_nodes}"
-        )
+    if ranks < plan.cluster.num_devices or plan.cluster.num_nodes > 1:
+        there = f"{plan.cluster.num_devices} on {plan.cluster.num_nodes}"
+        notes.append(f"{ranks} ranks on one host in the place of {there}")
     dtype = plan.dtype
     if dtype == "fp16":
         dtype = "fp32"

@@ -56,3 +56,11 @@ def test_code_of_the_model_is_rehearsed_where_it_is_here(launch: Launcher, data_
     told = rehearse(launch, recipe, tmp_path / "run")
     assert "differs" not in told
     assert list((tmp_path / "run" / "code").glob("*/modeling_tiny.py"))
+
+
+def test_it_is_no_dry_run(launch: Launcher) -> None:
+    done = launch("quickstart", "--rehearse", "--dry-run")
+    assert done.returncode == 2
+    assert (
+        "error: --rehearse --dry-run: one starts everything, the other nothing\n  leave one of them out" in done.stderr
+    )
