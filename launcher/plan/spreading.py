@@ -149,7 +149,7 @@ def _planned(
     first, last = found.stages[0], found.stages[-1]
     planned = [
         StagePlan(
-            device=stage.device,
+            device=device,
             first=stage.start,
             stop=stage.stop,
             embedding=stage is first,
@@ -160,9 +160,23 @@ def _planned(
             forward_s=0.0,
             waits=0.0,
         )
-        for stage in found.stages
+        for stage, device in zip(found.stages, _in_order(found, cluster.devices), strict=True)
     ]
     return timed(planned, way, request, cluster, dtype)
+
+
+def _in_order(found: Placement, devices: Sequence[Device]) -> list[int]:
+    """The device of each stage, devices that are alike in their own order: the search takes any of them."""
+    alike: dict[tuple[str, int, int], list[int]] = {}
+    kinds = [(devices[stage.device].name, *_sizes(devices[stage.device])) for stage in found.stages]
+    for kind, stage in zip(kinds, found.stages, strict=True):
+        alike.setdefault(kind, []).append(stage.device)
+    left = {kind: sorted(places) for kind, places in alike.items()}
+    return [left[kind].pop(0) for kind in kinds]
+
+
+def _sizes(device: Device) -> tuple[int, int]:
+    return device.memory_bytes, device.reserved_bytes
 
 
 def timed(
