@@ -264,6 +264,7 @@ class Numbers:
         ranks_first, ranks_last: AdaLoRA: the sum of all modules' ranks.
         answers: to the recipe's questions, before the first step and after the last.
         stopped_early: whether training ended by itself before max_steps.
+        not_saved: steps at which a checkpoint could not be written and the run went on.
         stopped_by: what made it save and end before: a signal, `launch stop --save`.
     """
 
@@ -271,6 +272,7 @@ class Numbers:
     max_steps: int
     stopped_early: bool
     stopped_by: str | None
+    not_saved: tuple[int, ...]
     loss_first: float | None
     loss_last: float | None
     eval_first: float | None
@@ -297,6 +299,7 @@ def numbers(run: RunDir, seconds: dict[str, float]) -> Numbers:
         steps=max((event["step"] for event in events if event["event"] in ("log", "save", "end")), default=0),
         max_steps=max_steps,
         stopped_by=events[-1]["why"] if events and events[-1]["event"] == "stopped" else None,
+        not_saved=tuple(event["step"] for event in events if event["event"] == "not_saved"),
         stopped_early=bool(events) and events[-1]["event"] == "end" and events[-1]["step"] < max_steps,
         loss_first=logs[0]["loss"] if logs else None,
         loss_last=logs[-1]["loss"] if logs else None,

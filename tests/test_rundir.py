@@ -34,27 +34,6 @@ def run(tmp_path) -> RunDir:
 
 
 @pytest.fixture
-def mounted(tmp_path):
-    """Mounts a file system in memory on a new folder: `mounted("ro")`, `mounted("size=64k")`."""
-    folders = []
-
-    def mount(options: str) -> Path:
-        folder = tmp_path / options
-        folder.mkdir()
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True
-        )
-        if done.returncode != 0:
-            pytest.skip(f"nothing can be mounted here: {done.stderr.strip()}")
-        folders.append(folder)
-        return folder
-
-    yield mount
-    for folder in folders:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-@pytest.fixture
 def holder(run):
     """Another process that holds the run directory."""
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(run.path)], stdout=subprocess.PIPE, text=True) as process:

@@ -19,7 +19,7 @@ from launcher.cluster import (
 from launcher.families import family
 from launcher.memory import CPU_CONTEXT_BYTES
 from launcher.modelshape.files import cached_snapshot, stored_dtypes
-from launcher.plan import DTYPE_BYTES, Plan
+from launcher.plan import DTYPE_BYTES, Plan, checkpoint_bytes
 from launcher.preflight.disk import room
 from launcher.preflight.files import model_files
 from launcher.preflight.finding import Finding, size
@@ -204,10 +204,12 @@ def _host_memory(plan: Plan) -> Iterator[Finding]:
         each = CPU_CONTEXT_BYTES + (plan.shape.num_parameters * DTYPE_BYTES[plan.weights_dtype] if copied else 0)
         why = "while the weights are loaded" if copied else "beside the cards"
     offloaded = _offloaded_bytes(plan)
-    needed = num_ranks * each + offloaded
+    copied_once = checkpoint_bytes(plan) if plan.recipe.checkpoint.async_ else 0
+    needed = num_ranks * each + offloaded + copied_once
     total, available = host_memory_bytes(), available_memory_bytes()
     ranks = f"{num_ranks} rank{'s' if num_ranks > 1 else ''} of {size(each)} {why}"
     ranks += f", {size(offloaded)} of offloaded state" if offloaded else ""
+    ranks += f", {size(copied_once)} of a checkpoint on its way to the disk" if copied_once else ""
     found = f"{size(needed)} needed ({ranks}), {size(available)} of {size(total)} available"
     if needed <= available:
         yield Finding("ok", "host memory", found)

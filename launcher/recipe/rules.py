@@ -160,10 +160,6 @@ def _run(recipe: Recipe) -> Iterator[Problem]:
         )
     if recipe.launch.run_dir == "":
         yield Problem("launch.run_dir", "is empty. Give a folder, or null for runs/<recipe>-<time>")
-    if recipe.checkpoint.async_:
-        yield Problem(
-            "checkpoint.async", "this version writes checkpoints in the foreground. Set checkpoint.async=false"
-        )
     if recipe.launch.max_restarts:
         yield Problem(
             "launch.max_restarts",

@@ -246,7 +246,16 @@ class Checkpoint(Section):
     resume: Literal["never", "auto"] = Field(
         "never", description="auto continues from the newest valid checkpoint of launch.run_dir where there is one."
     )
-    async_: bool = Field(False, alias="async", description="Write checkpoints while training goes on.")
+    async_: bool = Field(
+        False,
+        alias="async",
+        description="Copy what is saved into host memory and write it while training goes on.",
+    )
+    on_failure: Literal["stop", "warn"] = Field(
+        "stop",
+        description="What happens when a checkpoint cannot be written (a full disk): the run ends and can be resumed from the one before, "
+        "or it goes on and says so; older checkpoints stay either way, and the last step's has to be written.",
+    )
 
 
 class Launch(Section):

@@ -162,6 +162,11 @@ class RunScreen:
     def _asked(self, event: dict[str, Any]) -> None:
         self._beside("saving", f"step-{event['step']}, as asked ({event['why']})")
 
+    def _not_saved(self, event: dict[str, Any]) -> None:
+        self._beside(
+            "not saved", f"at step {event['step']}: {event['why']}; training goes on (checkpoint.on_failure: warn)"
+        )
+
     def _stopping(self, event: dict[str, Any]) -> None:
         if event["saves"]:
             self._beside("stopping", f"{event['why']}: every rank saves when this step is done, then ends")

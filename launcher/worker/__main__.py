@@ -5,6 +5,7 @@ Exit codes: 0, the code of a LaunchError, else 1; what happened is in RUN/errors
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import socket
@@ -132,7 +133,8 @@ if __name__ == "__main__":
     if sys.argv[2:] == [WAIT]:  # started by the supervisor itself, without torchrun
         wait_for_go()
     code = main(sys.argv[1])
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # the log's disk is full
+        sys.stdout.flush()
+        sys.stderr.flush()
     # All that matters is on disk. An orderly end of torch and transformers takes a second or two, and everybody would wait for it.
     os._exit(code)

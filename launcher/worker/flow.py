@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from launcher.plan import Plan
 from launcher.worker.data.batches import StepOrder
-from launcher.worker.requests import Requests
+
+if TYPE_CHECKING:
+    from launcher.worker.training import PlannedTrainer
 
 
 class Epochs(TrainerCallback):
@@ -25,15 +26,16 @@ class Epochs(TrainerCallback):
 class Flow(TrainerCallback):
     """Decides at every step whether to log, evaluate, save and stop."""
 
-    def __init__(self, plan: Plan, per_epoch: int, has_eval: bool, requests: Requests) -> None:
-        train = plan.recipe.train
+    def __init__(self, trainer: PlannedTrainer, per_epoch: int) -> None:
+        plan, train = trainer.plan, trainer.plan.recipe.train
         self.log_every = train.log_every_steps
         self.eval_every = train.eval_every_steps if train.eval_every_steps != "auto" else per_epoch
         every = plan.recipe.checkpoint.every_steps
         self.save_every = every if every != "auto" else per_epoch
-        self.has_eval = has_eval
+        self.has_eval = bool(len(trainer.eval_rows))
         self.early_stopping = train.early_stopping
-        self.requests = requests
+        self.trainer = trainer
+        self.requests = trainer.requests
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         step, last = state.global_step, state.global_step >= state.max_steps
@@ -44,7 +46,9 @@ class Flow(TrainerCallback):
         may_save = control.should_save or (control.should_evaluate and self.early_stopping is not None)
         control.should_log = may_save or step == 1 or step % self.log_every == 0
         control.should_training_stop = last
-        asked = self.requests.agreed()
+        asked = self.requests.agreed(failed=self.trainer.saver.has_failed)
+        if asked.failed:  # in the background, on this rank or another
+            self.trainer.finish_saving()
         if asked.save:
             control.should_save = control.should_log = True
             self.requests.tell(step, "save-now")
@@ -53,6 +57,9 @@ class Flow(TrainerCallback):
             # Who takes the machine away does not wait for an evaluation; only what stops early depends on it.
             control.should_evaluate = control.should_evaluate and self.early_stopping is not None
             self.requests.stopped_by = asked.stop
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.finish_saving(is_last=True)
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any

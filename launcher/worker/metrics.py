@@ -6,7 +6,9 @@ Tokens are counted as tensors on the device and read once per log, so that count
 from __future__ import annotations
 
 import resource
+import shutil
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,6 +21,9 @@ from launcher.plan import Plan
 from launcher.rundir import RunDir, append_event
 from launcher.worker.data.tokens import IGNORED
 from launcher.worker.prepared import Prepared
+
+_ROOM_BYTES = 2**20
+_MOST_UNTOLD = 100
 
 
 class Counters:
@@ -78,6 +83,8 @@ class Metrics(TrainerCallback):
         self.counters = Counters(device, prepared.pad_token_id if no_mask else None)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.writer: SummaryWriter | None = None
+        self._out_of_room = False
+        self._untold: list[dict[str, Any]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.counters.reset()
@@ -116,9 +123,6 @@ class Metrics(TrainerCallback):
         for rank, row in enumerate(ranks):
             values[f"speed_per_rank/tokens_per_second_{rank}"] = row[0] / row[3]
             values[f"memory_per_rank/peak_gib_{rank}"] = row[4] / 2**30
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-        self.writer.flush()
         peak = max(row[4] for row in ranks)
         event = {
             "event": "log",
@@ -132,7 +136,7 @@ class Metrics(TrainerCallback):
             "padding_share": round(values["speed/padding_share"], 4),
             "memory_bytes": peak,
         }
-        append_event(self.run, event)
+        self._write(values, step, event)
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
@@ -140,27 +144,48 @@ class Metrics(TrainerCallback):
         # The time of an evaluation is no training time.
         self.counters.since = time.perf_counter()
         if self.writer is not None and metrics:
-            self.writer.add_scalar("eval/loss", metrics["eval_loss"], state.global_step)
-            self.writer.flush()
-            append_event(
-                self.run,
-                {"event": "eval", "time": time.time(), "step": state.global_step, "loss": metrics["eval_loss"]},
-            )
+            loss, step = metrics["eval_loss"], state.global_step
+            self._write({"eval/loss": loss}, step, {"event": "eval", "time": time.time(), "step": step, "loss": loss})
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.counters.since = time.perf_counter()  # the time of a save is no training time either
 
+    def not_saved(self, step: int, why: str) -> None:
+        """A checkpoint could not be written, and training goes on without it."""
+        self._write({}, step, {"event": "not_saved", "time": time.time(), "step": step, "why": why})
+
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.writer is not None:
-            self._hparams(state)
-            self.writer.close()
+            with suppress(OSError):
+                self._hparams(state)
+                self.writer.close()
             append_event(self.run, {"event": "end", "time": time.time(), "step": state.global_step})
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """More values of somebody else's, on rank 0."""
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+        self._write(values, step)
+
+    def _write(self, values: dict[str, float], step: int, event: dict[str, Any] | None = None) -> None:
+        """Scalars and an event, on rank 0. A full disk ends no training: it gets the events later, the scalars not."""
+        if self.writer is None:
+            return
+        self._untold += [event] if event is not None else []
+        if self._out_of_room and shutil.disk_usage(self.run.path).free > _ROOM_BYTES:
+            # TensorBoard's writer has ended with the error; the values of this step are its first ones.
+            self.writer, self._out_of_room = SummaryWriter(str(self.run.tensorboard)), False
+        try:
+            if not self._out_of_room:
+                for name, value in values.items():
+                    self.writer.add_scalar(name, value, step)
+                self.writer.flush()
+            while self._untold:
+                append_event(self.run, self._untold[0])
+                del self._untold[0]
+        except OSError as error:
+            self._out_of_room = True
+            del self._untold[:-_MOST_UNTOLD]
+            with suppress(OSError):  # the log may lie on the same disk
+                print(f"tensorboard lacks step {step}: {error}", flush=True)
 
     def answers(self, when: str, step: int, answers: dict[str, str]) -> None:
         """What the model answers `before` or `after` training, on rank 0. Every rank calls it: asking is no training time."""

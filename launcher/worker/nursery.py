@@ -9,6 +9,7 @@ are started as torchrun starts them.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -145,8 +146,9 @@ def _give_birth(connection: socket.socket, question: dict[str, Any], rank: Rank)
     os.environ.update(question["env"])
     sys.argv = ["launcher.worker", question["start"]]
     code = rank(question["start"], nursery)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # the log's disk is full
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 

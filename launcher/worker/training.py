@@ -7,6 +7,9 @@ the loop, accumulation, token-normalised loss, clipping, mixed precision, DDP, i
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +107,11 @@ class PlannedTrainer(Trainer):
         self.metrics = Metrics(run, plan, prepared, self.args.device)
         check_world(plan, self, pulse.rank)
         self.requests = Requests(run)
+        self.saver = checkpoint.Saver(run, plan)
         per_epoch = steps_per_epoch(plan, len(self.train_rows))
         for callback in (
             Epochs(self.order, per_epoch),
-            Flow(plan, per_epoch, bool(len(self.eval_rows)), self.requests),
+            Flow(self, per_epoch),
             FirstStepCheck(self),
             *([Asking(self)] if plan.recipe.data.questions else []),  # before the metrics, which close at the end
             self.metrics,
@@ -181,12 +185,31 @@ class PlannedTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.pulse.beat("save")
+        started = time.perf_counter()
+        self.finish_saving()
         evals = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]
         at = checkpoint.Position(
             self.state.global_step, float(self.state.epoch or 0), self.prepared.rows_key, evals[-1] if evals else None
         )
-        checkpoint.save_checkpoint(self.run, self.plan, at, self._write_files)
+        with self._where_saving_fails(self.control.should_training_stop):
+            self.saver.save(at, self._write_files)
+        self.metrics.scalars({"speed/seconds_saving": time.perf_counter() - started}, self.state.global_step)
         self.pulse.beat("train")
+
+    def finish_saving(self, is_last: bool = False) -> None:
+        """Wait for the checkpoint that is being written in the background."""
+        with self._where_saving_fails(is_last):
+            self.saver.finish()
+
+    @contextmanager
+    def _where_saving_fails(self, is_last: bool) -> Iterator[None]:
+        """Do what the recipe says; the last checkpoint has to be there."""
+        try:
+            yield
+        except checkpoint.NotSavedError as error:
+            if self.plan.recipe.checkpoint.on_failure == "stop" or is_last:
+                raise
+            self.metrics.not_saved(self.state.global_step, str(error))
 
     def _write_files(self, folder: checkpoint.Staging) -> None:
         """This rank's files of a checkpoint."""

@@ -34,6 +34,7 @@ train.max_grad_norm train.micro_batch train.global_batch train.gradient_checkpoi
 train.log_every_steps train.eval_every_steps
 train.early_stopping train.early_stopping.patience train.early_stopping.min_delta
 checkpoint checkpoint.every_steps checkpoint.keep checkpoint.max_shard_size checkpoint.resume checkpoint.async
+checkpoint.on_failure
 hardware
 launch launch.backend launch.run_dir launch.port launch.max_restarts
 """
@@ -123,7 +124,7 @@ hardware: [8xA800-80GB, 7]
 
 
 def test_all_broken_rules_come_in_one_go_too(mistakes):
-    text = RIGHT + "strategy: {type: ddp, offload: optimizer}\ncheckpoint: {async: true}\nadapter: {targets: []}\n"
+    text = RIGHT + "strategy: {type: ddp, offload: optimizer}\ncheckpoint: {resume: auto}\nadapter: {targets: []}\n"
     assert [line.split("  ")[0] for line in mistakes(text)] == [
         "recipe.yaml:3:23",
         "recipe.yaml:4:14",

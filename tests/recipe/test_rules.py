@@ -259,12 +259,6 @@ RULES: list[tuple[Sections, str, str, Sections]] = [
         {"launch": {"run_dir": None}},
     ),
     (
-        {"checkpoint": {"async": True}},
-        "checkpoint.async",
-        "this version writes checkpoints in the foreground. Set checkpoint.async=false",
-        {"checkpoint": {"async": False}},
-    ),
-    (
         {"launch": {"max_restarts": 1}},
         "launch.max_restarts",
         "this version does not restart by itself. Set launch.max_restarts=0 and use: launch resume RUN",
@@ -288,13 +282,13 @@ def test_all_broken_rules_are_found_at_once():
                 "adapter": {"type": "full", "modules_to_save": ("lm_head",), "init_r": 3},
                 "strategy": {"type": "ddp", "offload": "parameters", "device_map": "a"},
                 "launch": {"backend": "python", "max_restarts": 3},
-                "checkpoint": {"async": True},
+                "checkpoint": {"resume": "auto"},
             }
         )
     )
     assert [problem.key for problem in found] == [
         "model", "data.eval", "adapter.modules_to_save", "adapter.init_r", "strategy.offload", "strategy.type",
-        "launch.backend", "checkpoint.async", "launch.max_restarts",
+        "launch.backend", "checkpoint.resume", "launch.max_restarts",
     ]  # fmt: skip
 
 

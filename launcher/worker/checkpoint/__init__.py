@@ -13,11 +13,12 @@ it, `saving` commits.
 
 from launcher.worker.checkpoint.files import Staging
 from launcher.worker.checkpoint.optimizer import read_optimizer, set_schedule, write_optimizer
-from launcher.worker.checkpoint.saving import NotSavedError, Position, gathered, save_checkpoint
+from launcher.worker.checkpoint.saving import NotSavedError, Position, Saver, gathered, save_checkpoint
 
 __all__ = [
     "NotSavedError",
     "Position",
+    "Saver",
     "Staging",
     "gathered",
     "read_optimizer",

@@ -19,17 +19,17 @@ OPTIMIZER_FILE = "optimizer.json"
 
 
 def write_optimizer(
-    folder: Staging, optimizer: Any, scheduler: Any, model: torch.nn.Module, alike: bool = True
+    folder: Staging, optimizer: Any, scheduler: Any, model: torch.nn.Module, own_parameters: bool = False
 ) -> None:
     """This rank's share of the optimizer's state, and on rank 0 what is no parameter's.
 
     Args:
-        alike: whether all ranks hold the same state and share the writing of it. Where it is sharded (FSDP2) each writes its rows
-            all the same.
+        own_parameters: whether each rank trains others (a pipeline) and writes all of its state. Else they hold the same state and share
+            the writing, or where it is sharded (FSDP2) each writes its rows of everything.
     """
     rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     names, parameters = _parameter_names(optimizer, model), dict(model.named_parameters())
-    shares = (rank, num_ranks) if alike else (0, 1)
+    shares = (0, 1) if own_parameters else (rank, num_ranks)
     state: dict[int, State] = optimizer.state_dict()["state"]
     slices = [_slice(names[index], parameters[names[index]], _flat(state[index]), shares) for index in sorted(state)]
     write_slices(folder, rank, slices)

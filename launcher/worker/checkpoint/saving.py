@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from launcher.manifest import FILE_NAME, Manifest, best_first, describe_file, folders, set_aside, sync_folder
-from launcher.plan import Plan, identity
+from launcher.manifest import FILE_NAME, Manifest, best_first, describe_file, folders, set_aside, sync_folder, verify
+from launcher.plan import Plan, checkpoint_bytes, identity
 from launcher.rundir import RunDir, append_event
 from launcher.worker.checkpoint.files import Staging, write_bytes
 
 _STAGING, _DELETING = ".staging-", ".deleting-"
+
+
+Join = Callable[[Path], None]
 
 
 @dataclass(frozen=True)
@@ -36,23 +42,74 @@ class NotSavedError(OSError):
     """A checkpoint that was not committed: raised on every rank, with the reason of the first; older ones are as they were."""
 
 
-def save_checkpoint(run: RunDir, plan: Plan, at: Position, write: Callable[[Staging], None]) -> Path:
-    """Commit checkpoints/step-N. Called by every rank; `write` puts this rank's files into the folder it is given.
+def save_checkpoint(
+    run: RunDir, plan: Plan, at: Position, write: Callable[[Staging], None], join: Join | None = None
+) -> Path:
+    """Commit checkpoints/step-N. Called by every rank; `write` puts this rank's files into the folder it is given, then `join` on rank 0
+    makes of them what it has to be.
 
     Raises:
         NotSavedError: a file could not be written; the staging folder is removed and nothing older is touched.
     """
-    return commit(run, plan, at, stage(run, at, write))
+    return commit(run, plan, at, stage(run, plan, at, write), join)
 
 
-def stage(run: RunDir, at: Position, write: Callable[[Staging], None], later: bool = False) -> Staging:
+class Saver:
+    """Saves the checkpoints of a run, one at a time; under checkpoint.async while training goes on. Every rank makes the same calls.
+
+    Args:
+        join: see `save_checkpoint`.
+    """
+
+    def __init__(self, run: RunDir, plan: Plan, join: Join | None = None) -> None:
+        self.run = run
+        self.plan = plan
+        self.join = join
+        self.later = plan.recipe.checkpoint.async_
+        # A day: whoever has written waits in another thread for whoever has not, and a dead rank is noticed by training.
+        wait = timedelta(days=1)
+        self._group = dist.new_group(backend="gloo", timeout=wait) if self.later and dist.is_initialized() else None
+        self._thread = ThreadPoolExecutor(1, "save")
+        self._pending: Future[Path] | None = None
+
+    def save(self, at: Position, write: Callable[[Staging], None]) -> None:
+        """Commit a checkpoint, or copy what belongs to it and have it committed. The one before has to be finished.
+
+        Raises:
+            NotSavedError: it could not be written, or not begun.
+        """
+        folder = stage(self.run, self.plan, at, write, self.later)
+        if self.later:
+            self._pending = self._thread.submit(
+                commit, self.run, self.plan, at, folder, join=self.join, group=self._group
+            )
+        else:
+            commit(self.run, self.plan, at, folder, self.join)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a checkpoint that was being written in the background is known not to have been."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def finish(self) -> None:
+        """Wait for what is being written.
+
+        Raises:
+            NotSavedError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
+def stage(run: RunDir, plan: Plan, at: Position, write: Callable[[Staging], None], later: bool = False) -> Staging:
     """Make the staging folder and have this rank's files written, or with `later` copied.
 
     Raises:
-        NotSavedError: there can be no folder.
+        NotSavedError: there can be no folder, or there is no room for what belongs into it.
     """
     folder = Staging(run.checkpoints / f"{_STAGING}step-{at.step}", later)
-    error = _begun(run, folder.path) if _rank() == 0 else None
+    error = _begun(run, plan, folder.path) if _rank() == 0 else None
     _require(at, gathered(error))
     try:
         write(folder)
@@ -62,7 +119,7 @@ def stage(run: RunDir, at: Position, write: Callable[[Staging], None], later: bo
     return folder
 
 
-def commit(run: RunDir, plan: Plan, at: Position, folder: Staging, group: Any = None) -> Path:
+def commit(run: RunDir, plan: Plan, at: Position, folder: Staging, join: Join | None = None, group: Any = None) -> Path:
     """Write what was put off, meet, and give the folder its name; every rank calls it.
 
     Args:
@@ -78,9 +135,11 @@ def commit(run: RunDir, plan: Plan, at: Position, folder: Staging, group: Any = 
     if _rank() == 0:
         if error is None:
             files = {name: entry for _, mine in found for name, entry in mine.items()}
-            error = _committed(folder.path, target, _manifest(plan, at, len(found)).model_copy(update={"files": files}))
+            manifest = _manifest(plan, at, len(found)).model_copy(update={"files": files})
+            error = _committed(folder.path, target, manifest, join)
         if error is None:
-            append_event(run, {"event": "save", "time": time.time(), "step": at.step})
+            with suppress(OSError):  # it is saved, and may have taken the last room there was
+                append_event(run, {"event": "save", "time": time.time(), "step": at.step})
             _rotate(run, plan, target)
         else:
             shutil.rmtree(folder.path, ignore_errors=True)
@@ -93,17 +152,26 @@ def _require(at: Position, errors: list[str | None]) -> None:
         raise NotSavedError(f"checkpoint step-{at.step} was not saved: {errors[0]}")
 
 
-def _begun(run: RunDir, folder: Path) -> str | None:
+def _begun(run: RunDir, plan: Plan, folder: Path) -> str | None:
     """Make the folder, and remove what earlier attempts left half done; why it cannot be done."""
     try:
         run.checkpoints.mkdir(exist_ok=True)
         for left in run.checkpoints.iterdir():
             if left.name.startswith((_STAGING, _DELETING)):
                 shutil.rmtree(left)
+        free, needed = shutil.disk_usage(run.checkpoints).free, _expected_bytes(run, plan)
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {free:,} bytes free, {needed:,} needed")
         folder.mkdir()
     except OSError as error:
         return f"rank 0: {error}"
     return None
+
+
+def _expected_bytes(run: RunDir, plan: Plan) -> int:
+    """Bytes of the checkpoint before, which the next one is as large as; before the first what the plan expects."""
+    known = (verify(folder, every_byte=False).manifest for folder in folders(run))
+    return next((manifest.size_bytes for manifest in known if manifest is not None), checkpoint_bytes(plan))
 
 
 def _manifest(plan: Plan, at: Position, num_ranks: int) -> Manifest:
@@ -123,9 +191,11 @@ def _manifest(plan: Plan, at: Position, num_ranks: int) -> Manifest:
     )
 
 
-def _committed(staging: Path, target: Path, manifest: Manifest) -> str | None:
+def _committed(staging: Path, target: Path, manifest: Manifest, join: Join | None) -> str | None:
     """Manifest, flush, rename; why it could not be done."""
     try:
+        if join is not None:
+            join(staging)
         files = {**_written_past_us(staging, manifest), **manifest.files}
         whole = manifest.model_copy(update={"files": dict(sorted(files.items()))}).sealed()
         write_bytes(staging / FILE_NAME, whole.model_dump_json(indent=1).encode() + b"\n")
@@ -134,7 +204,7 @@ def _committed(staging: Path, target: Path, manifest: Manifest) -> str | None:
             set_aside(target)  # only a damaged folder can be in the way: a valid one would have been resumed from
         staging.rename(target)
         sync_folder(target.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         return f"rank 0: {error}"
     return None
 

@@ -194,7 +194,7 @@ class PipelinedTrainer(PlannedTrainer):
 
     def _write_files(self, folder: checkpoint.Staging) -> None:
         rank = self.pulse.rank
-        checkpoint.write_optimizer(folder, self.optimizer, self.lr_scheduler, self.model, alike=False)
+        checkpoint.write_optimizer(folder, self.optimizer, self.lr_scheduler, self.model, own_parameters=True)
         write_rng_state(folder, rank, self.args.device)
         write_part(folder, self.model, self.plan, rank)
         if rank == 0:
