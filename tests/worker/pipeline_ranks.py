@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import types
 import weakref
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from launcher.worker.data.batches import collator
 from launcher.worker.data.tokens import IGNORED
 from launcher.worker.pipeline import schedule
 from launcher.worker.pipeline.cutting import Stage, checkpoint_layers, cut
+from launcher.worker.pipeline.loop import PipelinedTrainer
 from launcher.worker.pipeline.schedule import Micro, Pipeline, micro_batches
 
 WIDTH, PAD = 16, 0
@@ -87,13 +89,14 @@ def gradients(folder: str) -> None:
             whole.zero_grad()
             stage.zero_grad()
             micro = micro_batches(rows, 2, dist.get_world_size(), PAD, collate)
-            loss, evaluated = pipeline.train(micro, order), pipeline.evaluate(micro)
+            scale = 1.0 if order == "1f1b" else 8.0
+            loss, evaluated = pipeline.train(micro, order, scale), pipeline.evaluate(micro)
             wanted = unsplit(whole, rows, collate)
             found.append(
                 {
                     "case": f"lora {lora}, {order}, recompute {recompute}, step {number}",
                     "loss": float(loss) - wanted if pipeline.is_last else 0.0,
-                    "gradient": largest_difference(stage.model, whole),
+                    "gradient": largest_difference(stage.model, whole, scale),
                     "evaluated": float(evaluated) / micro.num_items - wanted if pipeline.is_last else 0.0,
                     "mean_of_means": mean_of_means(whole, rows),
                 }
@@ -111,7 +114,7 @@ def unsplit(model: Any, rows: list[dict[str, list[int]]], collate: Any) -> float
     return sum(float(loss.detach()) for loss in losses)
 
 
-def largest_difference(cut_model: torch.nn.Module, whole: torch.nn.Module) -> float:
+def largest_difference(cut_model: torch.nn.Module, whole: torch.nn.Module, scale: float) -> float:
     """Of any gradient that this stage has, beside the largest value of the same in the whole model."""
     known = dict(whole.named_parameters())
     differences = []
@@ -119,7 +122,9 @@ def largest_difference(cut_model: torch.nn.Module, whole: torch.nn.Module) -> fl
         wanted = known[name].grad
         assert (parameter.grad is None) == (wanted is None), name
         if wanted is not None:
-            differences.append(float((parameter.grad - wanted).abs().max() / wanted.abs().max().clamp(min=1e-3)))
+            differences.append(
+                float((parameter.grad / scale - wanted).abs().max() / wanted.abs().max().clamp(min=1e-3))
+            )
     return max(differences, default=0.0)  # an embedding alone is not trained under LoRA
 
 
@@ -173,3 +178,16 @@ def failing(folder: str) -> None:
         pipeline.train(Micro(batch, 2, 4), "1f1b")
     except MemoryError as error:
         Path(folder, f"{dist.get_rank()}.json").write_text(json.dumps(str(error)))
+
+
+def clipping(folder: str) -> None:
+    """A step's gradients of 3 and 4 on two stages, whole and with one that overflowed: norms and clipped gradients of this rank."""
+    rank, found = dist.get_rank(), []
+    for mine in (3.0 + rank, float("inf") if rank == 1 else 3.0):
+        model = torch.nn.Linear(1, 1, bias=False)
+        model.weight.grad = torch.full((1, 1), 2 * mine)
+        stub = types.SimpleNamespace(model=model, args=types.SimpleNamespace(max_grad_norm=1.0))
+        loss = torch.tensor(0.5 * rank)
+        loss, norm = PipelinedTrainer._over_all_stages(stub, loss, 2.0)
+        found.append([float(loss), float(norm), float(model.weight.grad)])
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))

@@ -115,9 +115,8 @@ class PipelinedTrainer(PlannedTrainer):
             if self.scale is not None and (folder / "loss_scale.json").is_file():
                 self.scale.value, self.scale.good_steps = json.loads((folder / "loss_scale.json").read_text())
         self.state.max_steps = self.args.max_steps
-        self.state.train_batch_size = (
-            self.args.train_batch_size
-        )  # what the Trainer looks for, should one rank go on from here
+        # What the Trainer looks for, should one rank go on from here.
+        self.state.train_batch_size = self.args.train_batch_size
         self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
         self._loss = torch.zeros((), device=self.args.device)
         self._logged_step = self.state.global_step
@@ -196,7 +195,7 @@ class PipelinedTrainer(PlannedTrainer):
         rank = self.pulse.rank
         checkpoint.write_optimizer(folder, self.optimizer, self.lr_scheduler, self.model, own_parameters=True)
         write_rng_state(folder, rank, self.args.device)
-        write_part(folder, self.model, self.plan, rank)
+        write_part(folder, self.model, self.plan, self.requests.group)
         if rank == 0:
             folder.by_library(lambda aside: self.state.save_to_json(str(aside / "trainer_state.json")))
             if self.scale is not None:

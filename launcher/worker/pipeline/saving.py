@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from launcher.plan import Plan
@@ -16,30 +17,36 @@ from launcher.worker.checkpoint import Staging, gathered
 from launcher.worker.weights import files_of, write_adapter_files, write_model_files
 
 
-def write_part(folder: Staging, model: Any, plan: Plan, rank: int) -> None:
-    """This rank's weights: of an adapter, or in files of at most checkpoint.max_shard_size. Every rank has to call it."""
+def write_part(folder: Staging, model: Any, plan: Plan, group: Any) -> None:
+    """This rank's weights: of an adapter, or in files of at most checkpoint.max_shard_size. Every rank has to call it.
+
+    Args:
+        group: of all ranks, through host memory: weights that are saved in full may be larger than what is free on a card.
+    """
+    rank = dist.get_rank()
     if plan.recipe.adapter.type != "full":
         from peft import get_peft_model_state_dict
 
         trained = {name: tensor.detach().cpu() for name, tensor in get_peft_model_state_dict(model).items()}
-        parts = gathered(trained)
-        if rank == 0:
+        parts: list[Any] | None = [None] * dist.get_world_size() if rank == 0 else None
+        dist.gather_object(trained, parts, group=group)
+        if parts is not None:
             write_adapter_files(folder, model, {name: tensor for part in parts for name, tensor in part.items()})
         return
     held = dict(model.named_parameters())
     sizes = {name: parameter.numel() * parameter.element_size() for name, parameter in held.items()}
     groups = [names for names in files_of(sizes, plan.recipe.checkpoint.max_shard_size).values() if names]
-    numbers = gathered(len(groups))
+    numbers = gathered(len(groups), group)
     before, total = sum(numbers[:rank]), sum(numbers)
     kept = {}
     for place, names in enumerate(groups, before + 1):
         file = f"model-{place:05d}-of-{total:05d}.safetensors"
         folder.tensors(file, {name: held[name].detach() for name in names})
         kept |= dict.fromkeys(names, file)
-    parts = gathered((kept, sum(sizes.values())))
+    found = gathered((kept, sum(sizes.values())), group)
     if rank == 0:
-        weight_map = {name: file for files, _ in parts for name, file in files.items()}
-        write_model_files(folder, model, weight_map, sum(num_bytes for _, num_bytes in parts))
+        weight_map = {name: file for files, _ in found for name, file in files.items()}
+        write_model_files(folder, model, weight_map, sum(num_bytes for _, num_bytes in found))
 
 
 def write_rng_state(folder: Staging, rank: int, device: torch.device) -> None:
