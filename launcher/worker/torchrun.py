@@ -1,5 +1,5 @@
 """torchrun, with two files more: errors/node.json says how each rank ended, because torchrun's own exit code is always 1, and
-heartbeat/node.json which process the ranks belong to. On a CPU its ranks come from a nursery, which imports for all of them.
+heartbeat/node.json which process the ranks belong to. On a CPU its ranks are copies of a fork server, which imports for all of them.
 
 Takes torchrun's command line, which ends with RUN/plan.json, and perhaps --wait behind it: loading torchrun takes more than a second, which
 the supervisor uses to prepare the node, and then says when to start the ranks.
@@ -39,14 +39,14 @@ def main(argv: list[str]) -> int:
     from torch.distributed.run import main as torchrun
 
     plan = read_plan(run)
-    from launcher.worker.nursery import Nursery, num_threads
+    from launcher.worker.forkserver import ForkServer, num_threads
 
     if (
         plan.kind == "cpu" and num_threads() == 1
     ):  # whether importing leaves a GPU's driver untouched has not been tried
         from launcher.worker.__main__ import main as rank
 
-        api.get_subprocess_handler = Nursery.open(plan, rank).handler
+        api.get_subprocess_handler = ForkServer.open(plan, rank).handler
     if waits:
         wait_for_go()
     try:

@@ -4,7 +4,7 @@ Loading them takes four seconds of CPU time, and every rank would do it again. W
 that another thread held would stay shut in the copy for ever, and a CUDA context does not survive it. Where there are more threads ranks
 are started as torchrun starts them.
 
-`Nursery.open()` in torchrun's process, before it has any thread; then `Nursery.handler` in the place of torchrun's own.
+`ForkServer.open()` in torchrun's process, before it has any thread; then `ForkServer.handler` in the place of torchrun's own.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _SECONDS_BETWEEN_LOOKS = 0.01
 Rank = Callable[[str, int], int]  # plan.json and the pid of the parent -> exit code
 
 
-class Nursery:
+class ForkServer:
     """The end of the connection that torchrun holds."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._file = connection.makefile("rw", encoding="utf-8")
 
     @classmethod
-    def open(cls, plan: Plan, rank: Rank) -> Nursery:
+    def open(cls, plan: Plan, rank: Rank) -> ForkServer:
         """Make the process that imports and waits."""
         ours, theirs = socket.socketpair()
         parent = os.getpid()
@@ -54,7 +54,7 @@ class Nursery:
         return cls(ours)
 
     def ask(self, **question: Any) -> Any:
-        """The answer; None where the nursery has ended, and with it all ranks."""
+        """The answer; None where the fork server has ended, and with it all ranks."""
         try:
             self._file.write(json.dumps(question) + "\n")
             self._file.flush()
@@ -65,33 +65,33 @@ class Nursery:
 
     def handler(self, **arguments: Any) -> SubprocessHandler:
         """In the place of torch's `get_subprocess_handler`, with its arguments."""
-        nursery = self
+        server = self
 
-        class FromNursery(SubprocessHandler):
-            """A rank that is a copy of the nursery; torchrun's own way where that would not be sound."""
+        class FromForkServer(SubprocessHandler):
+            """A rank that is a copy of the fork server; torchrun's own way where that would not be sound."""
 
             def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> Any:
-                born = nursery.ask(start=args[-1], env=env)
-                if born is not None and "pid" in born:
-                    return Born(nursery, born["pid"])
-                print(f"each rank imports for itself: {born or 'what they were to be copies of has ended'}", flush=True)
+                started = server.ask(start=args[-1], env=env)
+                if started is not None and "pid" in started:
+                    return ForkedRank(server, started["pid"])
+                print(f"each rank imports for itself: {started or 'what they were to be copies of has ended'}", flush=True)
                 return super()._popen(args, env)
 
-        return FromNursery(**arguments)
+        return FromForkServer(**arguments)
 
 
-class Born:
+class ForkedRank:
     """A rank, with what torchrun uses of a Popen."""
 
-    def __init__(self, nursery: Nursery, pid: int) -> None:
+    def __init__(self, server: ForkServer, pid: int) -> None:
         self.pid = pid
-        self._nursery = nursery
+        self._server = server
         self._returncode: int | None = None
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""
         if self._returncode is None:
-            answer = self._nursery.ask(poll=self.pid)
+            answer = self._server.ask(poll=self.pid)
             self._returncode = -signal.SIGKILL if answer is None else answer["exit_code"]
         return self._returncode
 
@@ -128,15 +128,15 @@ def _serve(connection: socket.socket, plan: Plan, rank: Rank, parent: int) -> No
         elif num_threads() != 1:
             answer = {"unsound": f"importing has started {num_threads() - 1} threads"}
         else:
-            answer = {"pid": _give_birth(connection, question, rank)}
+            answer = {"pid": _fork_rank(connection, question, rank)}
         file.write(json.dumps(answer) + "\n")
         file.flush()
     os._exit(0)
 
 
-def _give_birth(connection: socket.socket, question: dict[str, Any], rank: Rank) -> int:
+def _fork_rank(connection: socket.socket, question: dict[str, Any], rank: Rank) -> int:
     """The pid of a new rank."""
-    nursery = os.getpid()
+    server = os.getpid()
     pid = os.fork()
     if pid:
         return pid
@@ -145,7 +145,7 @@ def _give_birth(connection: socket.socket, question: dict[str, Any], rank: Rank)
     os.environ.clear()
     os.environ.update(question["env"])
     sys.argv = ["launcher.worker", question["start"]]
-    code = rank(question["start"], nursery)
+    code = rank(question["start"], server)
     with contextlib.suppress(OSError):  # the log's disk is full
         sys.stdout.flush()
         sys.stderr.flush()

@@ -11,11 +11,11 @@ import pytest
 PROGRAM = """\
 import os, sys
 from types import SimpleNamespace
-from launcher.worker import nursery
+from launcher.worker import forkserver
 from launcher.worker.torchrun import WITHOUT_THREADS
 
 os.environ.update(WITHOUT_THREADS)
-nursery._LIBRARIES = ("heavy",)
+forkserver._LIBRARIES = ("heavy",)
 
 def rank(plan, parent):
     import heavy
@@ -24,7 +24,7 @@ def rank(plan, parent):
         os.kill(os.getpid(), 9)
     return 7
 
-handler = nursery.Nursery.open(SimpleNamespace(needs_bitsandbytes=False, deepspeed=None), rank).handler
+handler = forkserver.ForkServer.open(SimpleNamespace(needs_bitsandbytes=False, deepspeed=None), rank).handler
 started = [
     handler(entrypoint=sys.executable, args=("-c", "import sys; print('executed', sys.argv[1]); sys.exit(5)", "plan.json"),
             env={"RANK": str(number)}, stdout=None, stderr=None, local_rank_id=number, numa_options=None)
