@@ -74,7 +74,9 @@ class ForkServer:
                 started = server.ask(start=args[-1], env=env)
                 if started is not None and "pid" in started:
                     return ForkedRank(server, started["pid"])
-                print(f"each rank imports for itself: {started or 'what they were to be copies of has ended'}", flush=True)
+                print(
+                    f"each rank imports for itself: {started or 'what they were to be copies of has ended'}", flush=True
+                )
                 return super()._popen(args, env)
 
         return FromForkServer(**arguments)
