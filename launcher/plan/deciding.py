@@ -77,7 +77,7 @@ class Deciding:
             cluster=self.cluster,
             shape=self.shape,
             strategy=chosen.strategy,
-            backend=recipe.launch.backend,
+            backend="python" if chosen.schedule == "naive" else recipe.launch.backend,  # one process needs no launcher
             num_processes=question.num_processes(choice.chosen),
             dtype=self.dtype,
             weights_dtype=question.weights_dtype(chosen.strategy),
@@ -272,9 +272,15 @@ class Deciding:
         """Every combination that the recipe leaves open."""
         asked = self.recipe.train.gradient_checkpointing
         if strategies == ["device_map"]:
-            again = None if asked == "auto" else asked
+            # A model's own code computes all layers again or none, where transformers' classes leave it to each layer.
+            modes: list[bool | None] = [False, True] if self.shape.remote_code else [None]
             sizes = self._sizes(question.num_replicas("device_map"))
-            return [Option("device_map", again, size, schedule) for schedule in self._schedules() for size in sizes]
+            return [
+                Option("device_map", again, size, schedule)
+                for schedule in self._schedules()
+                for again in (modes if asked == "auto" else [asked])
+                for size in sizes
+            ]
         checkpointing = [False, True] if asked == "auto" else [asked]
         return [
             Option(strategy, checkpointed, size)
@@ -331,6 +337,8 @@ class Deciding:
     def _explain_map(self, choice: Choice) -> None:
         """Why this schedule, and whether one device alone would do better."""
         option, seconds = choice.chosen.option, choice.chosen.time.total_s
+        if option.schedule == "naive" and self.recipe.launch.backend != "python":
+            self._decide("launch.backend", "python", "one process drives all devices of a naive schedule")
         others = [c for c in choice.others if c.fits and c.option.schedule not in (None, option.schedule)]
         if self.recipe.strategy.schedule == "auto" and (self.device_map is None or self.device_map.schedule == "auto"):
             because = "the only one that is possible here"

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from launcher.show.lines import console, line
-from launcher.show.plan import batch, show_code, show_plan, show_trust, summary
+from launcher.show.plan import batch, show_code, show_plan, show_stages, show_trust, summary
 from launcher.show.run import RunScreen, show_done, show_failure, show_findings, show_resume
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "show_findings",
     "show_plan",
     "show_resume",
+    "show_stages",
     "show_trust",
     "summary",
 ]

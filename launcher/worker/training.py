@@ -21,7 +21,7 @@ from launcher.errors import LaunchError, PreflightError
 from launcher.families import family
 from launcher.plan import Plan, steps_per_epoch, total_steps
 from launcher.rundir import RunDir
-from launcher.worker import adapters, checkpoint, sharding, zero
+from launcher.worker import adapters, checkpoint, sharding, spread, zero
 from launcher.worker.asking import Asking
 from launcher.worker.code_trial import Recomputation
 from launcher.worker.data.batches import Batch, StepOrder, collator
@@ -41,7 +41,7 @@ def training_arguments(plan: Plan, run: RunDir, num_rows: int) -> TrainingArgume
     train, steps = plan.recipe.train, total_steps(plan, num_rows)
     warmup = round(train.warmup * steps) if train.warmup < 1 else int(train.warmup)
     checkpointing: dict[str, Any] = {}
-    if plan.gradient_checkpointing:
+    if plan.gradient_checkpointing and plan.strategy != "device_map":  # there it is a matter of each stage
         checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(run.path),
@@ -135,8 +135,9 @@ class PlannedTrainer(Trainer):
                 batch = self._prepare_inputs(batch)
                 labels = batch.pop("labels")[:, 1:] if mine else batch.pop("labels")[:, 1:].fill_(IGNORED)
                 logits = self.model(**batch).logits[:, :-1].float()
+                labels = labels.to(logits.device)  # under a device map the head need not lie where the rows go
                 loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-                total += torch.stack([loss.double(), (labels != IGNORED).sum().double()])
+                total += torch.stack([loss.double(), (labels != IGNORED).sum().double()]).to(total.device)
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # without a backward pass the last weights that were gathered stay whole
         if dist.is_initialized():
@@ -163,6 +164,7 @@ class PlannedTrainer(Trainer):
         else:
             checkpoint.write_optimizer(folder, self.optimizer, self.lr_scheduler, self.model)
         self._save_rng_state(str(folder))
+        spread.write_rng(folder, self.metrics.counters.used)
         if self.plan.strategy in sharding.PARAMETERS_SHARDED:
             sharding.write_weights(folder, self.model, self.plan)
         if self.args.process_index == 0:
@@ -208,6 +210,7 @@ class PlannedTrainer(Trainer):
         name = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
         if (Path(checkpoint_dir) / name).is_file():
             super()._load_rng_state(checkpoint_dir)
+            spread.read_rng(Path(checkpoint_dir), self.metrics.counters.used)
         else:
             print(
                 f"{checkpoint_dir} was written by another number of ranks: dropout draws other random numbers from here on"
@@ -279,7 +282,8 @@ class FirstStepCheck(TrainerCallback):
     def __init__(self, trainer: PlannedTrainer) -> None:
         self.trainer = trainer
         self.done = False
-        self.recomputation = Recomputation(trainer.model)
+        again = next((stage.first for stage in trainer.plan.stages if stage.recompute), 0)
+        self.recomputation = Recomputation(trainer.model, layer=again)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         sharding.prove(self.trainer.plan, self.trainer.model, self.trainer.model_wrapped)

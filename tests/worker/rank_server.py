@@ -1,7 +1,8 @@
 """Runs ranks of the real worker without paying for the imports every time.
 
 Started once a test session: imports torch, transformers, PEFT and datasets, then forks the ranks of each job it reads from stdin (one JSON
-object a line: plan, ranks, log) and answers with their exit codes. A rank is `launcher.worker.__main__.main`, over real gloo.
+object a line: plan, ranks, the pretend devices that each has or null) and answers with their exit codes. A rank is
+`launcher.worker.__main__.main`, over real gloo.
 """
 
 import json
@@ -9,6 +10,7 @@ import os
 import socket
 import sys
 import warnings
+from pathlib import Path
 
 # The very modules a rank imports; none of them may start a thread, because the ranks are forked.
 import datasets  # noqa: F401
@@ -17,6 +19,9 @@ import torch
 
 import launcher.worker.training  # noqa: F401
 from launcher.worker.__main__ import main
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # this file is started, not imported
+from tests import logical_devices
 
 
 def free_port() -> int:
@@ -33,6 +38,8 @@ def run_rank(job: dict, rank: int, port: int) -> int:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    if job["pretend"] is not None:
+        logical_devices.register(**job["pretend"])
     return main(job["plan"])
 
 
