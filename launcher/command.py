@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from launcher.cluster import Cluster, Device
+from launcher.cluster import Device
 from launcher.plan import Plan
 from launcher.rundir import RunDir, cache_folder
 
@@ -69,11 +69,9 @@ def _environment(plan: Plan, run: RunDir) -> dict[str, str]:
 
 def worker_environment(plan: Plan) -> dict[str, str]:
     """Variables for libraries that read nothing else."""
-    env = rank_environment(plan.cluster, plan.num_processes)
-    if (
-        plan.pipeline is not None and plan.kind == "cuda"
-    ):  # in the order of the stages, so that rank k finds its card as number k
-        env["CUDA_VISIBLE_DEVICES"] = _visible([plan.cluster.devices[stage.device] for stage in plan.stages])
+    # Under a device map stage 0 is the first card that is seen, whatever its place in the machine.
+    devices = [plan.cluster.devices[stage.device] for stage in plan.stages] or plan.cluster.devices
+    env = rank_environment(devices, plan.num_processes)
     if plan.deepspeed is not None:
         # Operators that are compiled: kept by library versions, and by the ninja of this environment and no other.
         versions = "-".join(_version(name) for name in ("torch", "deepspeed"))
@@ -84,8 +82,8 @@ def worker_environment(plan: Plan) -> dict[str, str]:
     return env
 
 
-def rank_environment(cluster: Cluster, num_processes: int) -> dict[str, str]:
-    """The variables of processes that share the devices of this node."""
+def rank_environment(devices: Sequence[Device], num_processes: int) -> dict[str, str]:
+    """The variables of processes that share these devices of this node, which they see in this order."""
     env = {
         "OMP_NUM_THREADS": str(max(1, _cores() // num_processes)),
         "TOKENIZERS_PARALLELISM": "false",
@@ -93,9 +91,9 @@ def rank_environment(cluster: Cluster, num_processes: int) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYTHONUNBUFFERED": "1",
     }
-    if cluster.kind == "cuda":
+    if devices[0].kind == "cuda":
         env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the order of nvidia-smi, which the plan has
-        env["CUDA_VISIBLE_DEVICES"] = _visible(cluster.devices)
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(device.uuid or str(device.index) for device in devices)
     else:
         env["CUDA_VISIBLE_DEVICES"] = ""
         # One node: a host name that resolves to another interface would make gloo hang.
@@ -103,10 +101,6 @@ def rank_environment(cluster: Cluster, num_processes: int) -> dict[str, str]:
         # Threads that wait by spinning make a step twenty times as long where others compute on these cores too.
         env["OMP_WAIT_POLICY"] = "PASSIVE"
     return env
-
-
-def _visible(devices: Sequence[Device]) -> str:
-    return ",".join(device.uuid or str(device.index) for device in devices)
 
 
 def _torchrun(plan: Plan, host: str) -> tuple[str, ...]:

@@ -20,30 +20,42 @@ Schedule = Literal["naive", "pipelined"]
 
 
 @dataclass(frozen=True)
+class Moment:
+    """What a device holds at one moment of a step, in bytes.
+
+    Args:
+        layer: of each of its layers: weights, adapter, optimizer state, gradients that are there.
+        flying: of each layer and each micro batch in flight: what it keeps for the backward pass.
+        working: of the one layer that computes; nothing on a device without layers.
+        embedding, head: at the two ends, where they lie.
+    """
+
+    layer: int = 0
+    flying: int = 0
+    working: int = 0
+    embedding: int = 0
+    head: int = 0
+
+
+@dataclass(frozen=True)
 class Layers:
     """What the model needs, whatever device it lies on; bytes of one micro batch.
 
     Args:
         num: layers.
-        layer_bytes: of one layer: weights, adapter, gradients, optimizer state.
-        kept_bytes: what one layer keeps for the backward pass.
-        input_bytes: what it keeps when it is computed again: its input. Also what goes from one device to the next, forward and
-            backward; a stage of a pipeline keeps its output until the gradient of it has come.
-        again_bytes: what the one layer that is being computed again needs for that time, beside its input.
-        embedding_bytes, head_bytes: weights at the two ends, with what trains them.
-        logits_bytes: logits and loss, where the head is.
+        keeping, recomputing: the moments at which a device can be fullest, where activations are kept or computed again.
+        input_bytes: hidden states, which go from one device to the next, forward and backward; a stage of a pipeline keeps its output
+            until the gradient of it has come.
+        logits_bytes: logits and loss of a further micro batch in flight, where the head is.
         ends_together: embedding and head share weights, or code that cannot have them apart.
     """
 
     num: int
-    layer_bytes: int
-    kept_bytes: int
-    input_bytes: int
-    again_bytes: int
-    embedding_bytes: int
-    head_bytes: int
-    logits_bytes: int
+    keeping: tuple[Moment, ...]
+    recomputing: tuple[Moment, ...]
     ends_together: bool = False
+    input_bytes: int = 0
+    logits_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -203,23 +215,26 @@ class _Search:
 
     def _fit(self, device: int, after_it: int, is_first: bool, recompute: bool) -> int:
         """The most layers of which it has room; -1 where there is none even for its ends."""
-        once, each = self._memory(after_it, is_first, recompute)
-        room = self.places[device].budget_bytes - once
-        return min(self.layers.num, room // max(1, each)) if room >= 0 else -1
+        budget, most = self.places[device].budget_bytes, self.layers.num
+        for ends, working, each in self._memory(after_it, is_first, recompute):
+            if ends > budget:
+                return -1
+            most = min(most, (budget - ends - working) // max(1, each))
+        return max(0, most)  # ends without a layer have no layer at work
 
-    def _memory(self, after_it: int, is_first: bool, recompute: bool) -> tuple[int, int]:
-        """Bytes of a stage: what is there once, and of each layer."""
+    def _memory(self, after_it: int, is_first: bool, recompute: bool) -> Iterator[tuple[int, int, int]]:
+        """Bytes of a stage at each moment: of the ends that lie there, of the layer at work, of each layer."""
         layers, is_last = self.layers, after_it == 0
-        flying = 1 if self.naive else in_flight(self.order, after_it, self.micro_batches)
-        each = layers.layer_bytes + flying * (layers.input_bytes if recompute else layers.kept_bytes)
+        flying, passing = 1, 0
         has_head = is_first if layers.ends_together else is_last
-        once = layers.embedding_bytes * is_first + (layers.head_bytes + flying * layers.logits_bytes) * has_head
         if not self.naive:
+            flying = in_flight(self.order, after_it, self.micro_batches)
             # Outputs in flight, the gradient of one that comes, and that of an input which goes.
-            once += layers.input_bytes * ((flying + 1) * (not is_last) + (not is_first))
-        # The layer that is computed again comes when the logits have gone.
-        again = max(0, layers.again_bytes - layers.logits_bytes * has_head) if recompute else 0
-        return once + again, each
+            passing = layers.input_bytes * ((flying + 1) * (not is_last) + (not is_first))
+            passing += (flying - 1) * layers.logits_bytes * has_head
+        for moment in layers.recomputing if recompute else layers.keeping:
+            each = moment.layer + flying * moment.flying
+            yield moment.embedding * is_first + moment.head * has_head + passing, moment.working, each
 
     def _added(self, before: list[float], piece: _Piece) -> Iterator[tuple[int, float, int]]:
         """(i, seconds, layers taken) of the best way to reach i layers with this piece on top of what was there before."""
@@ -274,5 +289,6 @@ class _Search:
     def stage(self, device: int, start: int, taken: int, after_it: int, recompute: bool, is_first: bool) -> Stage:
         """A device with that many layers, priced."""
         piece = next(p for p in self.pieces(device, after_it, is_first) if p.recompute == recompute)
-        once, each = self._memory(after_it, is_first, recompute)
-        return Stage(device, start, start + taken, recompute, once + taken * each, piece.fixed + piece.slope * taken)
+        moments = self._memory(after_it, is_first, recompute)
+        fullest = max(ends + (working + taken * each if taken else 0) for ends, working, each in moments)
+        return Stage(device, start, start + taken, recompute, fullest, piece.fixed + piece.slope * taken)

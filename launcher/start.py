@@ -63,7 +63,7 @@ def asked(recipe: str | None, overrides: tuple[str, ...], where: Where) -> Asked
 
 def plan_recipe(asked: Asked, name: str | None = None) -> tuple[LoadedRecipe, Plan]:
     """Recipe file and overrides -> checked recipe -> plan."""
-    from launcher.cluster import resolve_cluster
+    from launcher.cluster import on_this_machine, resolve_cluster
     from launcher.modelshape import shape_of
     from launcher.plan import make_plan, read_given
     from launcher.recipe import find_recipe, load_recipe
@@ -80,6 +80,8 @@ def plan_recipe(asked: Asked, name: str | None = None) -> tuple[LoadedRecipe, Pl
             if "hardware" not in loaded.document.from_command_line:
                 hardware = device_map.devices
         cluster = resolve_cluster(hardware, where.nproc, where.hostfile)
+        if device_map is not None and cluster.num_nodes == 1:
+            cluster = on_this_machine(cluster)
         shape = shape_of(loaded.recipe.model, loaded.document.folder)
         model, code = loaded.recipe.model, None
         if shape.native is None:  # nothing of the code of a converted model is executed
@@ -144,6 +146,7 @@ def carried_out(resuming: bool, made: Plan, where: RunDir) -> int:
     screen = show.console()
     show.line(screen, made.name, show.summary(made))
     show.line(screen, "plan", show.batch(made))
+    show.show_stages(screen, made)
     findings = preflight.check(made, where.path)
     preflight.require(findings)
     show.show_findings(screen, [finding for finding in findings if finding.level == "warning"])

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from launcher.pipeline import Order
-from launcher.placement import Layers, Place, Placement, Schedule, place
+from launcher.placement import Layers, Moment, Place, Placement, Schedule, place
 
 MICRO_BATCHES = 3
 
@@ -18,15 +18,17 @@ MICRO_BATCHES = 3
 def drawn(seed: int) -> tuple[Layers, list[Place]]:
     """A small model and two to four unlike devices, tight enough that not everything fits everywhere."""
     draw = random.Random(seed)
+    layer, ends = draw.randint(5, 20), (draw.randint(0, 20), draw.randint(0, 20))
+
+    def moments(flying: int, working: int) -> tuple[Moment, ...]:
+        """When the loss is there, and when a layer goes backward."""
+        loss = Moment(layer, flying, 0, ends[0], ends[1] + draw.randint(0, 30))
+        return loss, Moment(layer, flying, working, *ends)
+
     layers = Layers(
         num=draw.randint(1, 7),
-        layer_bytes=draw.randint(5, 20),
-        kept_bytes=draw.randint(5, 30),
-        input_bytes=draw.randint(1, 4),
-        again_bytes=draw.randint(5, 30),
-        embedding_bytes=draw.randint(0, 20),
-        head_bytes=draw.randint(0, 20),
-        logits_bytes=draw.randint(0, 30),
+        keeping=moments(draw.randint(5, 30), draw.randint(0, 10)),
+        recomputing=moments(draw.randint(1, 4), draw.randint(5, 40)),
         ends_together=draw.random() < 0.3,
     )
     places = []
@@ -67,15 +69,16 @@ def tried(
             return None
         head_here = at == (0 if layers.ends_together else last)
         flying = 1 if schedule == "naive" else MICRO_BATCHES if passes == "gpipe" else min(last - at + 1, MICRO_BATCHES)
-        needed = num * (layers.layer_bytes + flying * (layers.input_bytes if again else layers.kept_bytes))
-        needed += layers.embedding_bytes if at == 0 else 0
-        needed += layers.head_bytes + flying * layers.logits_bytes if head_here else 0
+        passing = 0
         if schedule == "pipelined":
-            needed += layers.input_bytes * ((flying + 1 if at < last else 0) + (1 if at > 0 else 0))
-        if again:
-            needed += max(0, layers.again_bytes - (layers.logits_bytes if head_here else 0))
-        if needed > here.budget_bytes:
-            return None
+            passing = layers.input_bytes * ((flying + 1 if at < last else 0) + (1 if at > 0 else 0))
+            passing += (flying - 1) * layers.logits_bytes if head_here else 0
+        for moment in layers.recomputing if again else layers.keeping:
+            needed = num * (moment.layer + flying * moment.flying) + passing
+            needed += moment.working if num > 0 else 0
+            needed += (moment.embedding if at == 0 else 0) + (moment.head if head_here else 0)
+            if needed > here.budget_bytes:
+                return None
         borders = (at > 0) + (at < last) + (last > 0 and layers.ends_together and at in (0, last))
         times.append(
             num * (here.recompute_s if again else here.keep_s)
@@ -116,7 +119,7 @@ def test_equal_to_trying_everything(how: tuple[Schedule, Order], block: int) -> 
 
 @pytest.mark.parametrize("schedule", ["naive", "pipelined"])
 def test_eighty_layers_on_eight_unlike_devices(schedule: Schedule) -> None:
-    layers = Layers(80, 900, 700, 16, 800, 500, 500, 300)
+    layers = Layers(80, (Moment(900, 700, 0, 500, 800),), (Moment(900, 16, 800, 500, 500),))
     places = [Place(9_000 + 4_000 * n, 0.01 + 0.003 * n, 0.015 + 0.004 * n, 0.001, 0.01, 0.002) for n in range(8)]
     found = place(layers, places, schedule, micro_batches=16)
     assert found is not None
@@ -125,7 +128,8 @@ def test_eighty_layers_on_eight_unlike_devices(schedule: Schedule) -> None:
 
 
 def test_a_forced_mode_is_kept() -> None:
-    layers, places = Layers(4, 10, 30, 1, 30, 0, 0, 0), [Place(500, 1.0, 1.5, 0, 0, 0)] * 2
+    layers = Layers(4, (Moment(10, 30),), (Moment(10, 1, working=30),))
+    places = [Place(500, 1.0, 1.5, 0, 0, 0)] * 2
     for mode in (False, True):
         found = place(layers, places, "naive", recompute=mode)
         assert found is not None
@@ -133,7 +137,7 @@ def test_a_forced_mode_is_kept() -> None:
 
 
 def test_one_device_is_best_for_naive_where_all_fits_on_the_fastest() -> None:
-    layers = Layers(6, 10, 10, 1, 10, 5, 5, 5)
+    layers = Layers(6, (Moment(10, 10, 0, 5, 10),), (Moment(10, 1, 10, 5, 10),))
     slow, fast = Place(1000, 2.0, 3.0, 0, 0, 0.1), Place(1000, 1.0, 1.5, 0, 0, 0.1)
     naive = place(layers, [slow, fast], "naive")
     assert naive is not None

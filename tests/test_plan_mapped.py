@@ -156,9 +156,8 @@ def test_a_device_map_may_say_which_layers_lie_where() -> None:
     assert plan.num_processes == 3
 
 
-def test_preflight_lets_a_pipeline_start_and_no_naive_map(tmp_path: Any) -> None:
+def test_preflight_lets_both_schedules_start(tmp_path: Any) -> None:
     settings = {"model": {"config": UNTIED}, "train": {"global_batch": 4, "micro_batch": 1}}
-    for schedule, level in (("pipelined", []), ("naive", ["error"])):
+    for schedule in ("pipelined", "naive"):
         plan = pipelined("2xcpu", **settings, strategy={"schedule": schedule})
-        found = [each.level for each in check(plan, tmp_path) if each.what.startswith("strategy.type")]
-        assert found == level
+        assert not [each.what for each in check(plan, tmp_path) if each.what.startswith("strategy")]

@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from launcher.cluster.cards import Card, card, card_names, card_of
-from launcher.cluster.hardware import found_on_this_machine, resolve_cluster, this_machine
+from launcher.cluster.cards import Card, card, card_names, card_of, same_card
+from launcher.cluster.hardware import found_on_this_machine, on_this_machine, resolve_cluster, this_machine
 from launcher.cluster.machine import (
     available_memory_bytes,
     driver_version,
@@ -33,8 +33,10 @@ __all__ = [
     "found_on_this_machine",
     "host_memory_bytes",
     "nvidia_on_the_bus",
+    "on_this_machine",
     "process_limit",
     "resolve_cluster",
+    "same_card",
     "this_machine",
     "usable_cores",
 ]

@@ -57,6 +57,12 @@ def card_of(device: Device) -> Card | None:
     return matching(model, device.memory_bytes / GIB)
 
 
+def same_card(one: Device, other: Device) -> bool:
+    """Whether two devices are cards of one kind, under whatever names."""
+    known = card_of(one)
+    return one.name == other.name or (known is not None and known == card_of(other))
+
+
 def split_name(name: str) -> tuple[str, float | None]:
     """`NVIDIA A800-SXM4-80GB` -> (`a800`, 80.0): the bare model, and the GiB where they are given."""
     text = name.lower()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from launcher.cluster.cards import matching, split_name, unknown_card
+from launcher.cluster.cards import matching, same_card, split_name, unknown_card
 from launcher.cluster.hostfile import Slots, read_hostfile
 from launcher.cluster.machine import cpu_cluster, nvidia_devices, usable_cores
 from launcher.cluster.model import GIB, MIB, Cluster, Device, Node
@@ -73,6 +73,19 @@ def this_machine(nproc: int | None = None) -> Cluster:
 def found_on_this_machine() -> Cluster:
     """What is really here, whatever the recipe names; for preflight."""
     return this_machine(None)
+
+
+def on_this_machine(cluster: Cluster) -> Cluster:
+    """The same cluster, its cards known by their uuid where all of them are here: nvidia-smi may show them in another order."""
+    here = list(found_on_this_machine().devices)
+    devices = []
+    for wanted in cluster.devices:
+        found = next((device for device in here if device.uuid is not None and same_card(device, wanted)), None)
+        if found is None:
+            return cluster
+        here.remove(found)
+        devices.append(wanted.model_copy(update={"uuid": found.uuid}))
+    return cluster.model_copy(update={"nodes": (cluster.nodes[0].model_copy(update={"devices": tuple(devices)}),)})
 
 
 def _cut(devices: Sequence[Device], nproc: int | None, source: str) -> Cluster:

@@ -27,10 +27,17 @@ __all__ = [
     "GIB",
     "Memory",
     "MemoryRequest",
+    "always_bytes",
+    "casts_bytes",
+    "dequantized_bytes",
+    "ends_bytes",
     "estimate",
     "kept_bytes",
+    "mask_bytes",
     "passing_bytes",
     "trained_dtype_bytes",
+    "untouched_bytes",
+    "update_bytes",
 ]
 
 # Interpreter, torch, transformers and PEFT in one rank (facts: 390 MB after PEFT, 490 MB with the Trainer).
@@ -80,10 +87,10 @@ def _moments(request: MemoryRequest) -> Iterator[_Moment]:
         if request.gradient_checkpointing
         else shape.num_layers * kept - untouched_bytes(request)
     )
-    activations = layers + _ends_bytes(request)
+    activations = layers + ends_bytes(request) + mask_bytes(request)
     again = kept if request.gradient_checkpointing else 0
-    always, written_out = _always_bytes(request), _dequantized_bytes(request)
-    casts, head_cast, layer_casts = _casts_bytes(request)
+    always, written_out = always_bytes(request), dequantized_bytes(request)
+    casts, head_cast, layer_casts = casts_bytes(request)
     embedding, head, held, layer = _gathered_bytes(request)
 
     # The first layers are gathered; the head is gathered; the loss is there; the backward pass begins.
@@ -105,7 +112,7 @@ def _moments(request: MemoryRequest) -> Iterator[_Moment]:
     yield first + kept + passing, 0, always_back + passing_layers, max(before, gradients - missing)
     yield 0, 0, always + held + (2 * embedding if request.full else 0) + layer, gradients
     # The optimizer steps. ZeRO-1 has dropped the gradients of other ranks' parameters by then.
-    yield 0, 0, always + _update_bytes(request), gradients // (request.shards if request.strategy == "zero1" else 1)
+    yield 0, 0, always + update_bytes(request), gradients // (request.shards if request.strategy == "zero1" else 1)
 
 
 def _gradient_share(request: MemoryRequest, parameters: int) -> int:
@@ -118,20 +125,22 @@ def _layer_inputs_bytes(request: MemoryRequest) -> int:
     return request.shape.num_layers * request.num_tokens * request.shape.hidden_size * request.stream_bytes
 
 
-def _ends_bytes(request: MemoryRequest) -> int:
-    """What is kept beside the layers: the input of the last norm, and where they are trained that of its weight and the head.
-
-    And the one mask that all layers make theirs from, a byte a pair of tokens.
-    """
+def ends_bytes(request: MemoryRequest) -> int:
+    """What is kept behind the layers: the input of the last norm, and where they are trained that of its weight and the head."""
     shape, s = request.shape, request.stream_bytes
     per_value = 4 if shape.rms_norm or request.kind == "cuda" else s
     if request.full:
         per_value += request.compute_dtype_bytes + (s if shape.rms_norm else 0)
-    mask = request.num_tokens * (request.num_tokens if request.batching == "packed" else request.sequence_length)
-    return request.num_tokens * shape.hidden_size * per_value + (mask if request.masked else 0)
+    return request.num_tokens * shape.hidden_size * per_value
 
 
-def _always_bytes(request: MemoryRequest) -> int:
+def mask_bytes(request: MemoryRequest) -> int:
+    """The one mask that all layers make theirs from, a byte a pair of tokens."""
+    row = request.num_tokens if request.batching == "packed" else request.sequence_length
+    return request.num_tokens * row if request.masked else 0
+
+
+def always_bytes(request: MemoryRequest) -> int:
     """Buffers that are there at every moment, such as DDP's buckets."""
     shape = request.shape
     buffers = 0
@@ -143,13 +152,13 @@ def _always_bytes(request: MemoryRequest) -> int:
     return buffers
 
 
-def _dequantized_bytes(request: MemoryRequest) -> int:
+def dequantized_bytes(request: MemoryRequest) -> int:
     """The largest quantised matrix, written out in the compute dtype while its layer computes."""
     sizes = (in_features * out_features for in_features, out_features in request.shape.linears.values())
     return max(sizes, default=0) * request.compute_dtype_bytes if request.quantization != "none" else 0
 
 
-def _casts_bytes(request: MemoryRequest) -> tuple[int, int, int]:
+def casts_bytes(request: MemoryRequest) -> tuple[int, int, int]:
     """Copies of trained weights that autocast makes and keeps: of all layers and the head, of the head, of one layer.
 
     They live until the forward pass ends, and on where the backward pass needs them; checkpointing makes a layer's anew.
@@ -182,7 +191,7 @@ def _gathered_bytes(request: MemoryRequest) -> tuple[int, int, int, int]:
     return (end, 0, end, layer) if shape.tie_word_embeddings else (end, end, 0, layer)
 
 
-def _update_bytes(request: MemoryRequest) -> int:
+def update_bytes(request: MemoryRequest) -> int:
     """What AdamW needs while it steps: on cards torch takes the square root of all second moments at once.
 
     On a CPU it goes tensor by tensor, and has two values of the largest (DeepSpeed's is the whole share of a rank, and

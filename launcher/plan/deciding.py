@@ -84,7 +84,7 @@ class Deciding:
             cluster=self.cluster,
             shape=self.shape,
             strategy=chosen.strategy,
-            backend=recipe.launch.backend,
+            backend="python" if chosen.schedule == "naive" else recipe.launch.backend,  # one process needs no launcher
             num_processes=question.num_processes(choice.chosen),
             dtype=self.dtype,
             weights_dtype=question.weights_dtype(chosen.strategy),
@@ -278,6 +278,8 @@ class Deciding:
         """Every schedule and micro batch of a device map that the recipe leaves open."""
         open_ = schedules(self.recipe, self.shape, self.cluster, self.device_map)
         sizes, options = self._sizes(1), []
+        # A model's own code computes all layers again or none, where transformers' classes leave it to each layer.
+        modes = [False, True] if checkpointing is None and self.shape.remote_code else [checkpointing]
         for schedule in open_:
             of_it = sizes
             if schedule == "pipelined":
@@ -287,7 +289,7 @@ class Deciding:
                     problem = Problem("strategy.schedule", f"{refused}. Set strategy.schedule=naive")
                 if problem and open_ == ["pipelined"]:
                     self.problems.append(problem)
-            options += [Option("device_map", checkpointing, size, schedule) for size in of_it]
+            options += [Option("device_map", again, size, schedule) for again in modes for size in of_it]
         return options
 
     def _sizes(self, num_replicas: int) -> list[int]:

@@ -85,6 +85,10 @@ def explanations(question: Question, choice: Choice) -> Iterator[Decision]:
     """Why this schedule and this order, and whether one device alone would do better."""
     recipe, chosen = question.recipe, choice.chosen
     option, seconds = chosen.option, chosen.time.total_s
+    if option.schedule == "naive" and recipe.launch.backend != "python":
+        yield Decision(
+            key="launch.backend", value="python", because="one process drives all devices of a naive schedule"
+        )
     if asked_schedule(recipe, question.device_map) == "auto":
         others = [c for c in choice.others if c.fits and c.option.schedule not in (None, option.schedule)]
         refused = not_pipelined(recipe, question.shape, question.cluster)

@@ -72,8 +72,8 @@ class StagePlan(BaseModel):
     recompute: bool
     memory_bytes: int
     seconds: float
-    forward_s: float
-    waits: float
+    forward_s: float = 0.0
+    waits: float = 0.0
 
 
 class Rehearsal(BaseModel):

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launcher.cluster import Cluster, Device
-from launcher.families import family
 from launcher.memory import (
     ALLOCATOR_RESERVE,
     CPU_CONTEXT_BYTES,
@@ -14,13 +13,12 @@ from launcher.memory import (
     Memory,
     MemoryRequest,
     estimate,
-    kept_bytes,
-    passing_bytes,
 )
 from launcher.modelshape import ModelShape
 from launcher.pipeline import Order, flow
 from launcher.placement import Layers, Place, Placement, Schedule, cost_of, place
 from launcher.plan.model import Dtype, StagePlan
+from launcher.plan.moments import moments
 from launcher.recipe.device_maps import DeviceMap
 from launcher.steptime import StepTime, head_seconds, layer_seconds, speed_of
 
@@ -82,41 +80,18 @@ def spread(
 
 
 def _layers(request: MemoryRequest) -> Layers:
-    """Bytes of the parts that are placed: the same figures as of a whole model, by layer."""
-    shape, tokens = request.shape, request.num_tokens
-    whole = estimate(request)
-    ends = shape.embedding_parameters + shape.head_parameters
-    in_half = request.weights_dtype_bytes
-    stays = whole.weights_bytes - ends * in_half + whole.adapter_bytes + whole.gradients_bytes + whole.optimizer_bytes
-    trained_ends = _trained_ends(request)
-    state = (whole.adapter_bytes + whole.gradients_bytes + whole.optimizer_bytes) // max(
-        1, request.trainable_parameters
-    )
-    # What comes and goes leaves gaps in the allocator.
-    gaps = 1 + (ALLOCATOR_RESERVE if request.kind == "cuda" else 0)
-    kept, again = round(gaps * kept_bytes(request)), round(gaps * passing_bytes(request))
+    """Bytes of the parts that are placed."""
+    gaps = 1 + (ALLOCATOR_RESERVE if request.kind == "cuda" else 0)  # what comes and goes leaves some
+    keeping = request.model_copy(update={"gradient_checkpointing": False})
+    recomputing = request.model_copy(update={"gradient_checkpointing": True})
     return Layers(
-        num=shape.num_layers,
-        layer_bytes=(stays - state * sum(trained_ends)) // shape.num_layers,
-        kept_bytes=kept,
-        input_bytes=round(gaps * tokens * shape.hidden_size * request.stream_bytes),
-        again_bytes=kept + again,
-        embedding_bytes=shape.embedding_parameters * in_half + state * trained_ends[0],
-        head_bytes=shape.head_parameters * in_half + state * trained_ends[1],
-        logits_bytes=round(gaps * whole.logits_bytes),
-        ends_together=ends_together(shape),
+        num=request.shape.num_layers,
+        keeping=moments(keeping, recompute=False),
+        recomputing=moments(recomputing, recompute=True),
+        input_bytes=round(gaps * request.num_tokens * request.shape.hidden_size * request.stream_bytes),
+        logits_bytes=round(gaps * estimate(request).logits_bytes),
+        ends_together=ends_together(request.shape),
     )
-
-
-def _trained_ends(request: MemoryRequest) -> tuple[int, int]:
-    """Parameters of embedding and head that are trained: all of them, those saved in full, or an adapter's."""
-    shape, known = request.shape, family(request.shape.family)
-    ends = (known.embedding, shape.embedding_parameters), (known.head, shape.head_parameters)
-    if request.full:
-        return ends[0][1], ends[1][1]
-    saved = request.adapter.modules_to_save if request.adapter is not None else ()
-    embedding, head = (size if any(name.endswith(word) for word in saved) else 0 for name, size in ends)
-    return embedding, head
 
 
 def _place(request: MemoryRequest, device: Device, cluster: Cluster, dtype: Dtype, way: Way) -> Place:

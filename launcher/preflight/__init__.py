@@ -5,6 +5,7 @@
     machine      cards, host memory, /dev/shm, limits, the cache
     files        the model's files: all there, and whole
     disk         room for checkpoints, a converted copy, a download
+    devices      the cards that a plan is for
     plan         the rest of what one plan needs here
     trial        processes that copy between the cards and add up a tensor, with a time limit
     environment  what is written down in every run

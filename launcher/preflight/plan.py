@@ -9,17 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.cluster import (
-    GIB,
-    Cluster,
     available_memory_bytes,
     found_on_this_machine,
     host_memory_bytes,
-    usable_cores,
 )
 from launcher.families import family
 from launcher.memory import CPU_CONTEXT_BYTES
 from launcher.modelshape.files import cached_snapshot, stored_dtypes
 from launcher.plan import DTYPE_BYTES, Plan, checkpoint_bytes
+from launcher.preflight.devices import devices
 from launcher.preflight.disk import room
 from launcher.preflight.files import model_files
 from launcher.preflight.finding import Finding, size
@@ -27,7 +25,6 @@ from launcher.preflight.machine import limits
 from launcher.preflight.packages import ranges_kept, torch_wheel
 from launcher.preflight.port import port
 
-_RUNS = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp")
 _STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 
 
@@ -38,7 +35,7 @@ def check(plan: Plan, run_dir: Path) -> list[Finding]:
         *_strategy(plan),
         *(torch_wheel(found) if plan.kind == "cuda" else ()),
         *ranges_kept(),
-        *_devices(plan, found),
+        *devices(plan, found),
         *_data(plan),
         *(model_files(plan) if plan.rehearsal is None else ()),  # its weights are random
         *_code(plan),
@@ -52,13 +49,6 @@ def check(plan: Plan, run_dir: Path) -> list[Finding]:
 
 
 def _strategy(plan: Plan) -> Iterator[Finding]:
-    if plan.strategy not in _RUNS and plan.pipeline is None:
-        yield Finding(
-            "error",
-            f"strategy.type: {' '.join(filter(None, (plan.strategy, plan.schedule)))}",
-            "this version plans it but does not run it",
-            _instead(plan),
-        )
     if plan.cluster.num_nodes > 1:
         hosts = f"{plan.cluster.num_nodes} hosts"
         yield Finding(
@@ -78,52 +68,6 @@ def _strategy(plan: Plan) -> Iterator[Finding]:
             "; ".join(["its code is not part of transformers and comes with the weights", *plan.shape.not_native]),
             "if you trust that code: model.trust_remote_code=true",
         )
-
-
-def _instead(plan: Plan) -> str:
-    """What to type for a strategy that is only planned yet."""
-    if plan.strategy == "device_map":
-        return "pipeline it: strategy.schedule=pipelined; or train on one card: strategy.type=single strategy.device_map=null hardware=auto"
-    if plan.recipe.adapter.type == "full":
-        return "train an adapter instead: adapter.type=lora strategy.type=ddp"
-    return "set strategy.type=ddp"
-
-
-def _devices(plan: Plan, found: Cluster) -> Iterator[Finding]:
-    source = plan.cluster.source
-    planned = source if source.startswith("hardware:") else f"hardware: auto ({source})"
-    if plan.kind == "cpu":
-        yield Finding("ok", planned, f"{plan.num_processes} ranks on {usable_cores()} cores")
-        return
-    if found.kind == "cpu":
-        yield Finding(
-            "error", planned, "this machine has no GPU that nvidia-smi shows", "run on what is here: hardware=auto"
-        )
-        return
-    if found.num_devices < plan.cluster.num_devices:
-        to_type = f"use what is here: hardware=auto, or add --nproc {found.num_devices}"
-        yield Finding(
-            "error", planned, f"{plan.cluster.num_devices} devices planned, {found.num_devices} here", to_type
-        )
-        return
-    for place, (wanted, here) in enumerate(zip(plan.cluster.devices, found.devices, strict=False)):
-        free, needed = here.memory_bytes - here.reserved_bytes, _planned_bytes(plan, place)
-        if free < needed:
-            text = f"{here.name} has {free / GIB:.1f} GiB free, {needed / GIB:.1f} GiB are planned"
-            yield Finding(
-                "error", planned, text, "end what uses the card (nvidia-smi shows it), or plan for it: hardware=auto"
-            )
-        elif wanted.name != here.name:
-            yield Finding(
-                "warning", planned, f"{here.name} is here instead of {wanted.name}", "plan for it: hardware=auto"
-            )
-
-
-def _planned_bytes(plan: Plan, place: int) -> int:
-    """What the plan wants of one of the cluster's devices; none of one that a device map leaves out."""
-    if plan.stages:
-        return next((stage.memory_bytes for stage in plan.stages if stage.device == place), 0)
-    return plan.memory.total_bytes
 
 
 def _data(plan: Plan) -> Iterator[Finding]:
@@ -190,7 +134,7 @@ def _host_memory(plan: Plan) -> Iterator[Finding]:
 
     On a CPU that is the plan's own figure. With cards each rank loads the weights into host memory first: mapped from the file, and
     shared, where that has the wanted precision (2 MiB of 223 were a process's own, transformers 5.23), else a copy for
-    each rank (446 of 446). Quantised weights go to the card one by one, and so do the tensors of a pipeline's stage.
+    each rank (446 of 446). Quantised weights go to the card one by one, and so do those of a device map.
     """
     num_ranks = plan.num_processes
     if plan.kind == "cpu":
@@ -198,9 +142,10 @@ def _host_memory(plan: Plan) -> Iterator[Finding]:
     elif plan.pipeline is not None:
         each, why = CPU_CONTEXT_BYTES, "beside the cards"
     else:
-        copied = plan.recipe.model.quantization == "none" and _weights_folder_dtypes(plan) != {
-            _STORED[plan.weights_dtype]
-        }
+        one_by_one = plan.recipe.model.quantization != "none" or (
+            plan.schedule == "naive" and not plan.shape.remote_code
+        )
+        copied = not one_by_one and _weights_folder_dtypes(plan) != {_STORED[plan.weights_dtype]}
         each = CPU_CONTEXT_BYTES + (plan.shape.num_parameters * DTYPE_BYTES[plan.weights_dtype] if copied else 0)
         why = "while the weights are loaded" if copied else "beside the cards"
     offloaded = _offloaded_bytes(plan)

@@ -130,7 +130,7 @@ def carry_out(cluster: Cluster, more: Mapping[str, str] | None = None, copies: b
         copies: whether cards are copied between.
     """
     num_ranks, started = cluster.num_devices, time.monotonic()
-    env = {**os.environ, **rank_environment(cluster, num_ranks), **(more or {}), "WORLD_SIZE": str(num_ranks)}
+    env = {**os.environ, **rank_environment(cluster.devices, num_ranks), **(more or {}), "WORLD_SIZE": str(num_ranks)}
     with tempfile.TemporaryDirectory(prefix="launch-trial-") as name, contextlib.ExitStack() as running:
         folder, ranks = Path(name), []
         argv = [sys.executable, "-m", "launcher.worker.trial", cluster.kind, str(folder / "store")]

@@ -139,6 +139,12 @@ def unshardable(recipe: Recipe) -> Iterator[Problem]:
             f"adalora looks at whole weights and their gradients, of which a rank under {strategy} has a share. "
             "Set strategy.type=ddp, or adapter.type=lora",
         )
+    if recipe.adapter.type == "adalora" and strategy == "device_map":
+        yield Problem(
+            "adapter.type",
+            "adalora adds up a term of all layers, which lie on several devices under device_map. "
+            "Set adapter.type=lora, or strategy.type=single",
+        )
     if recipe.train.optimizer != "adamw" and strategy == "fsdp":
         yield Problem(
             "train.optimizer",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from launcher.show.checkpoints import show_checkpoints
 from launcher.show.lines import console, line
-from launcher.show.plan import batch, show_code, show_plan, show_trust, summary
+from launcher.show.plan import batch, show_code, show_plan, show_stages, show_trust, summary
 from launcher.show.run import (
     RunScreen,
     show_changes,
@@ -35,6 +35,7 @@ __all__ = [
     "show_rehearsal",
     "show_rehearsed",
     "show_resume",
+    "show_stages",
     "show_stopped",
     "show_trust",
     "summary",

@@ -61,9 +61,8 @@ def show_plan(screen: Console, plan: Plan) -> None:
     line(screen, "train", f"{length}, lr {train.lr:g} {train.schedule}, {train.optimizer}, seed {train.seed}")
     if plan.deepspeed is not None:
         line(screen, "deepspeed", json.dumps(plan.deepspeed))
+    show_stages(screen, plan)
     if plan.stages:
-        for place, stage in enumerate(plan.stages):
-            line(screen, "layers" if place == 0 else "", _stage(plan, stage))
         line(screen, "waiting", f"{plan.waiting:.0%} of a step on average: no device computes all the time")
     else:
         line(screen, "memory", _memory_bar(plan))
@@ -75,6 +74,12 @@ def show_plan(screen: Console, plan: Plan) -> None:
     line(screen, "model", f"shape from {as_typed(plan.shape.source)}")
     if plan.code is not None:
         show_code(screen, plan.code)
+
+
+def show_stages(screen: Console, plan: Plan) -> None:
+    """The devices of a device map, in the order of the layers; nothing of another plan."""
+    for place, stage in enumerate(plan.stages):
+        line(screen, "layers" if place == 0 else "", _stage(plan, stage))
 
 
 def show_code(screen: Console, code: RemoteCode, executed: bool = True) -> None:

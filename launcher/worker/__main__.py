@@ -40,7 +40,7 @@ def main(plan_path: str, parent: int | None = None) -> int:
     faulthandler.enable()
     pulse.beat("import")
     plan = Plan.model_validate_json(run.plan.read_text(encoding="utf-8"))
-    device_name = plan.cluster.devices[plan.device_of(pulse.rank)].name
+    device_name = _device_name(plan, pulse.local_rank)
     try:
         train(plan, run, pulse)
     except Exception as error:  # noqa: BLE001 - everything ends here: it is written down, reported first and turned into an exit code
@@ -60,13 +60,14 @@ def train(plan: Plan, run: RunDir, pulse: Pulse) -> None:
     leave_out_what_is_unused(plan)
     import torch
 
+    from launcher.worker.devices import own_device
     from launcher.worker.sharding import build_model
     from launcher.worker.training import PlannedTrainer
 
     pulse.beat("connect")
-    device = torch.device(plan.kind, pulse.local_rank) if plan.kind == "cuda" else torch.device("cpu")
+    device = own_device(plan, pulse.local_rank)
     if plan.kind == "cuda":
-        torch.cuda.set_device(device)
+        torch.accelerator.set_device_index(device)
     _connect(plan, torch)
     pulse.beat("load")
     prepared = read_prepared(run)
@@ -77,7 +78,8 @@ def train(plan: Plan, run: RunDir, pulse: Pulse) -> None:
         trainer: PlannedTrainer = pipelined_trainer(plan, run, prepared, device, rows, pulse)
     else:
         model = build_model(plan, run, prepared, device, len(rows["train"]))
-        if plan.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
+        first_again = plan.stages[0].recompute if plan.stages else plan.gradient_checkpointing
+        if first_again and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
         trainer = PlannedTrainer(plan, run, prepared, {"model": model, **rows}, pulse)
     if pulse.rank == 0:
@@ -112,6 +114,14 @@ def _connect(plan: Plan, torch: Any) -> None:
         from launcher.worker.zero import connect
 
         connect()
+
+
+def _device_name(plan: Plan, local_rank: int) -> str:
+    """What a rank computes on, in words."""
+    devices = plan.cluster.devices
+    if plan.stages and plan.num_processes == 1:
+        return " + ".join(devices[stage.device].name for stage in plan.stages)
+    return devices[plan.device_of(local_rank)].name
 
 
 def _rows(data_dir: str) -> dict[str, Any]:

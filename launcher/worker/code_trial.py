@@ -111,20 +111,20 @@ def unsaved_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 class Recomputation:
-    """Sees, while a model trains, whether anything of its first layer with weights is computed outside of the model's forward pass.
+    """Sees, while a model trains, whether anything of one of its layers is computed outside of the model's forward pass.
 
     That is what checkpointing does. The layer's parts are watched too: transformers checkpoints a layer's forward, and hooks
     of the layer itself stay outside of that.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, layer: int = 0) -> None:
         self.seen = self._inside = False
         stacks = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) > 0)
         stack = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()), default=None)
         self.known = stack is not None and next(stack.parameters(), None) is not None
         self._hooks = [model.register_forward_pre_hook(self._enter), model.register_forward_hook(self._leave)]
-        layer = next((layer for layer in stack or () if next(layer.parameters(), None) is not None), None)
-        for module in layer.modules() if layer is not None else ():
+        filled = [each for each in stack or () if next(each.parameters(), None) is not None]  # a stage has some of them
+        for module in filled[layer].modules() if filled else ():
             self._hooks.append(module.register_forward_pre_hook(self._compute))
 
     def _enter(self, module: Any, inputs: Any) -> None:

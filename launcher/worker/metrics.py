@@ -5,9 +5,9 @@ Tokens are counted as tensors on the device and read once per log, so that count
 
 from __future__ import annotations
 
-import resource
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -20,6 +20,7 @@ from launcher.families import family
 from launcher.plan import Plan
 from launcher.rundir import RunDir, append_event
 from launcher.worker.data.tokens import IGNORED
+from launcher.worker.devices import peak_memory_bytes, stage_devices
 from launcher.worker.prepared import Prepared
 
 _ROOM_BYTES = 2**20
@@ -27,10 +28,15 @@ _MOST_UNTOLD = 100
 
 
 class Counters:
-    """Tokens that this rank has worked on since the last reading."""
+    """Tokens that this rank has worked on since the last reading, and the memory of the devices that it uses.
 
-    def __init__(self, device: torch.device, pad_token_id: int | None = None) -> None:
+    Args:
+        device: where the counts are kept.
+    """
+
+    def __init__(self, device: torch.device, used: Sequence[torch.device], pad_token_id: int | None = None) -> None:
         self.device = device
+        self.used = used
         self.pad_token_id = pad_token_id
         self.reset()
 
@@ -51,24 +57,17 @@ class Counters:
         self.supervised += (inputs["labels"] != IGNORED).sum()
 
     def read(self) -> list[float]:
-        """[real tokens, supervised tokens, slots with padding, seconds, peak memory in bytes] since the last reading."""
+        """[real tokens, supervised tokens, slots with padding, seconds, peak bytes of each device] since the last reading."""
         seconds = time.perf_counter() - self.since
         values = [
             float(self.real),
             float(self.supervised),
             float(self.slots),
             seconds,
-            float(peak_memory_bytes(self.device)),
+            *(float(peak_memory_bytes(device)) for device in self.used),
         ]
         self.reset()
         return values
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this rank has had: the allocator's on a GPU, the whole process's on a CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_reserved(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Metrics(TrainerCallback):
@@ -80,7 +79,8 @@ class Metrics(TrainerCallback):
         self.prepared = prepared
         # The collator gives such a model no mask, and its padding is no token of any row.
         no_mask = family(plan.shape.family).own_mask
-        self.counters = Counters(device, prepared.pad_token_id if no_mask else None)
+        used = tuple(dict.fromkeys(stage_devices(plan))) if plan.num_processes == 1 and plan.stages else (device,)
+        self.counters = Counters(device, used, prepared.pad_token_id if no_mask else None)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.writer: SummaryWriter | None = None
         self._out_of_room = False
@@ -122,8 +122,9 @@ class Metrics(TrainerCallback):
         }
         for rank, row in enumerate(ranks):
             values[f"speed_per_rank/tokens_per_second_{rank}"] = row[0] / row[3]
-            values[f"memory_per_rank/peak_gib_{rank}"] = row[4] / 2**30
-        peak = max(row[4] for row in ranks)
+        peaks = [peak for row in ranks for peak in row[4:]]
+        for place, peak in enumerate(peaks):
+            values[f"memory_per_{'device' if self.plan.stages else 'rank'}/peak_gib_{place}"] = peak / 2**30
         event = {
             "event": "log",
             "time": time.time(),
@@ -134,7 +135,9 @@ class Metrics(TrainerCallback):
             "grad_norm": logs.get("grad_norm"),
             "tokens_per_second": round(real / seconds, 1),
             "padding_share": round(values["speed/padding_share"], 4),
-            "memory_bytes": peak,
+            # As the plan counts it: of the fullest device, under a device map of all of them.
+            "memory_bytes": sum(peaks) if self.plan.stages else max(peaks),
+            "device_memory_bytes": peaks,
         }
         self._write(values, step, event)
 

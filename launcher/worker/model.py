@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -13,15 +14,20 @@ from launcher.compat import BUILT_FIRST
 from launcher.errors import PreflightError
 from launcher.plan import Plan
 from launcher.remotecode import Staged
+from launcher.worker.spread import disconnect
 from launcher.worker.staged import check, load_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def load_model(
-    plan: Plan, model_dir: str | Path, device: torch.device, quantized: bool = True, code: Staged | None = None
+    plan: Plan,
+    model_dir: str | Path,
+    where: torch.device | Mapping[str, torch.device],
+    quantized: bool = True,
+    code: Staged | None = None,
 ) -> Any:
-    """The base model in the plan's precision, on the device.
+    """The base model in the plan's precision, on a device, or on those of a device map (each tensor is read straight to its own).
 
     Args:
         quantized: False loads the full-precision weights of a recipe that trains on quantised ones (merging needs them).
@@ -34,13 +40,14 @@ def load_model(
     quantization = plan.recipe.model.quantization if quantized else "none"
     dtype = DTYPES[plan.weights_dtype]
     options: dict[str, Any] = {"dtype": dtype}
+    placed = where if isinstance(where, Mapping) else {"": where}
+    is_built = code is not None and BUILT_FIRST in code.fixes
     if quantization != "none":
-        options |= {
-            "quantization_config": bitsandbytes_config(quantization, DTYPES[plan.dtype]),
-            "device_map": {"": str(device)},
-        }
-    if code is not None and BUILT_FIRST in code.fixes:
-        options["device"] = device
+        options["quantization_config"] = bitsandbytes_config(quantization, DTYPES[plan.dtype])
+    if is_built:
+        options["device"] = placed[""] if len(placed) == 1 else "cpu"  # `connect` takes the modules from there
+    elif quantization != "none" or len(placed) > 1:
+        options["device_map"] = {name: str(device) for name, device in placed.items()}
     try:
         model, left = load_weights(model_dir, code, output_loading_info=True, **options)
     except RuntimeError as error:
@@ -61,7 +68,9 @@ def load_model(
         raise PreflightError(f"model {plan.shape.name}", found, f"check that the files in {model_dir} are complete")
     # The cache of keys and values is for generation; in training it costs memory and lets packed rows leak.
     model.config.use_cache = False
-    return model if quantization != "none" else model.to(device)
+    if len(placed) > 1:
+        return disconnect(model)
+    return model if quantization != "none" else model.to(placed[""])
 
 
 def bitsandbytes_config(quantization: str, compute_dtype: torch.dtype) -> Any:

@@ -1,4 +1,4 @@
-"""The model of a plan spread over its ranks, by FSDP2 or ZeRO-3: built, filled from files, proved.
+"""The model of a plan spread over its ranks, by FSDP2 or ZeRO-3, or its devices: built, filled from files, proved.
 
 The same calls on a CPU and on GPUs. accelerate would ignore `fsdp` on a CPU without a word, so it is not asked: the model is sharded
 before the Trainer sees it.
@@ -19,11 +19,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from launcher.errors import PreflightError
+from launcher.families import family
 from launcher.plan import Plan, total_steps
 from launcher.rundir import RunDir
-from launcher.worker import zero
+from launcher.worker import spread, zero
 from launcher.worker.adapters import with_adapter
 from launcher.worker.byshard import ADAPTER_FILE, Weights, empty_model, is_empty, read_buffers, weights_of
+from launcher.worker.devices import stage_devices
 from launcher.worker.dtensors import rows_of_this_rank
 from launcher.worker.model import DTYPES, load_model
 from launcher.worker.prepared import Prepared
@@ -36,6 +38,11 @@ def build_model(plan: Plan, run: RunDir, prepared: Prepared, device: torch.devic
     if plan.strategy not in PARAMETERS_SHARDED:
         resuming = plan.resume_from is not None and plan.recipe.adapter.type == "full"
         folder = run.path / str(plan.resume_from) if resuming else Path(prepared.model_dir)
+        if plan.strategy == "device_map":
+            known = family(plan.shape.family)
+            placed = spread.places(known, plan.stages, stage_devices(plan), folder, prepared.code)
+            model = _adapted(load_model(plan, folder, placed, code=prepared.code), plan, num_rows)
+            return spread.to_train(model, plan, placed)
         return _adapted(load_model(plan, folder, device, code=prepared.code), plan, num_rows)
     model, weights = unplaced_model(plan, run, prepared, num_rows)
     if plan.strategy == "fsdp":
@@ -131,6 +138,8 @@ def prove(plan: Plan, model: torch.nn.Module, wrapped: Any) -> None:
         found = "the one rank is wrapped into DDP, which keeps all gradients twice"
     elif plan.strategy == "fsdp":
         found = next(filter(None, (_whats_wrong(*named, plan) for named in model.named_parameters())), None)
+    elif plan.strategy == "device_map":
+        found = spread.what_is_wrong(model, plan, wrapped)
     elif plan.strategy.startswith("zero"):
         found = zero.what_is_wrong(wrapped, model, plan)
     if found is not None:

@@ -24,7 +24,7 @@ from launcher.errors import LaunchError, PreflightError
 from launcher.families import family
 from launcher.plan import Plan, steps_per_epoch, total_steps
 from launcher.rundir import RunDir
-from launcher.worker import adapters, checkpoint, sharding
+from launcher.worker import adapters, checkpoint, sharding, spread
 from launcher.worker.asking import Asking
 from launcher.worker.byshard import weights_in
 from launcher.worker.checkpoint import partitions
@@ -49,7 +49,7 @@ def training_arguments(plan: Plan, run: RunDir, num_rows: int) -> TrainingArgume
     train, steps = plan.recipe.train, total_steps(plan, num_rows)
     warmup = round(train.warmup * steps) if train.warmup < 1 else int(train.warmup)
     checkpointing: dict[str, Any] = {}
-    if plan.gradient_checkpointing:
+    if plan.gradient_checkpointing and plan.strategy != "device_map":  # there it is a matter of each stage
         # bitsandbytes' int8 layers hold their inputs where the other kind of checkpointing cannot let go of them.
         kwargs = {"use_reentrant": plan.recipe.model.quantization == "int8"}
         checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
@@ -174,8 +174,9 @@ class PlannedTrainer(Trainer):
                 batch = self._prepare_inputs(batch)
                 labels = batch.pop("labels")[:, 1:] if mine else batch.pop("labels")[:, 1:].fill_(IGNORED)
                 logits = self.model(**batch).logits[:, :-1].float()
+                labels = labels.to(logits.device)  # under a device map the head need not lie where the rows go
                 loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-                total += torch.stack([loss.double(), (labels != IGNORED).sum().double()])
+                total += torch.stack([loss.double(), (labels != IGNORED).sum().double()]).to(total.device)
         # Without a backward pass the last weights that were gathered stay whole, or on their way.
         if isinstance(self.model, FSDPModule):
             self.model.reshard()
@@ -219,6 +220,7 @@ class PlannedTrainer(Trainer):
             checkpoint.write_optimizer(folder, self.optimizer, self.lr_scheduler, self.model)
         write_weights(folder, self.model, self.plan)
         folder.by_library(lambda aside: self._save_rng_state(str(aside)))
+        folder.by_library(lambda aside: spread.write_rng(aside, self.metrics.counters.used))
         if self.args.process_index == 0:
             folder.by_library(lambda aside: self.state.save_to_json(str(aside / "trainer_state.json")))
             folder.by_library(lambda aside: self._save_scaler(str(aside)))
@@ -261,6 +263,7 @@ class PlannedTrainer(Trainer):
         name = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
         if (Path(checkpoint_dir) / name).is_file():
             super()._load_rng_state(checkpoint_dir)
+            spread.read_rng(Path(checkpoint_dir), self.metrics.counters.used)
         else:
             print(
                 f"{checkpoint_dir} was written by another number of ranks: dropout draws other random numbers from here on"
@@ -289,7 +292,8 @@ class FirstStepCheck(TrainerCallback):
     def __init__(self, trainer: PlannedTrainer) -> None:
         self.trainer = trainer
         self.done = False
-        self.recomputation = Recomputation(trainer.called)
+        again = next((stage.first for stage in trainer.plan.stages if stage.recompute), 0)
+        self.recomputation = Recomputation(trainer.called, layer=0 if trainer.plan.pipeline else again)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.prove()

@@ -225,6 +225,13 @@ RULES: list[tuple[Sections, str, str, Sections]] = [
         for name in ("zero1", "zero2", "zero3", "fsdp")
     ),
     (
+        {"strategy": {"type": "device_map"}, "adapter": {"type": "adalora"}},
+        "adapter.type",
+        "adalora adds up a term of all layers, which lie on several devices under device_map. "
+        "Set adapter.type=lora, or strategy.type=single",
+        {"strategy": {"type": "device_map"}, "adapter": {"type": "dora"}},
+    ),
+    (
         {"strategy": {"type": "fsdp"}, "train": {"optimizer": "adamw_8bit"}},
         "train.optimizer",
         "adamw_8bit knows no sharded tensors. Set train.optimizer=adamw, or strategy.type=zero2",

@@ -63,16 +63,24 @@ class Job:
         if resume:
             plan = supervise.continue_from(plan, manifest.newest_valid(self.run)[0])
         supervise.write_run(plan, self.run, resume or self.run.plan.exists())
-        supervise.Supervisor(plan, self.run, lambda event: None).prepare_only()
+        self.fill(plan)
         return plan
+
+    def fill(self, plan: Plan) -> None:
+        """Model and data into the cache, and what of them this run reads into its directory."""
+        supervise.Supervisor(plan, self.run, lambda event: None).prepare_only()
 
     def start(self, *overrides: str, resume: bool = False) -> list[int]:
         """Plan, prepare and run all ranks to their end; their exit codes."""
         return self.ranks(self.prepare(*overrides, resume=resume))
 
-    def ranks(self, plan: Plan) -> list[int]:
-        """Run all ranks of what is prepared to their end; their exit codes."""
-        return ask(self.server, plan=str(self.run.plan), ranks=plan.num_processes)
+    def ranks(self, plan: Plan, pretend: dict[str, Any] | None = None) -> list[int]:
+        """Run all ranks of what is prepared to their end; their exit codes.
+
+        Args:
+            pretend: devices that each rank has, as `logical_devices.register` takes them.
+        """
+        return ask(self.server, plan=str(self.run.plan), ranks=plan.num_processes, pretend=pretend)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in read_events(self.run)[0] if event["event"] == kind]

@@ -1,8 +1,9 @@
 """Runs ranks of the real worker without paying for the imports every time.
 
 Started once a test session: imports torch, transformers, PEFT and datasets, then forks the ranks of each job it reads from stdin (one JSON
-object a line: plan, ranks) and answers with their exit codes. A rank is `launcher.worker.__main__.main`, over real gloo; or, where a job
-names one (`module:function`, with an `argument`), a function that is called in a process group of so many ranks.
+object a line: plan, ranks, the pretend devices that each has or null) and answers with their exit codes. A rank is
+`launcher.worker.__main__.main`, over real gloo; or, where a job names one (`module:function`, with an `argument`), a function that
+is called in a process group of so many ranks.
 """
 
 import importlib
@@ -12,6 +13,7 @@ import socket
 import sys
 import traceback
 import warnings
+from pathlib import Path
 
 # The very modules a rank imports; none of them may start a thread, because the ranks are forked.
 import datasets  # noqa: F401
@@ -20,6 +22,9 @@ import torch
 
 import launcher.worker.pipeline.loop  # noqa: F401
 from launcher.worker.__main__ import main
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # this file is started, not imported
+from tests import logical_devices
 
 
 def free_port() -> int:
@@ -36,6 +41,8 @@ def run_rank(job: dict, rank: int, port: int) -> int:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    if job.get("pretend") is not None:
+        logical_devices.register(**job["pretend"])
     return main(job["plan"]) if "plan" in job else call(job)
 
 
