@@ -135,8 +135,8 @@ class Metrics(TrainerCallback):
             "grad_norm": logs.get("grad_norm"),
             "tokens_per_second": round(real / seconds, 1),
             "padding_share": round(values["speed/padding_share"], 4),
-            # As the plan counts it: of the fullest device, under a device map of all of them.
-            "memory_bytes": sum(peaks) if self.plan.stages else max(peaks),
+            # As the plan counts it: of the fullest rank, which in a naive device map has several devices.
+            "memory_bytes": sum(peaks) if self.plan.schedule == "naive" else max(peaks),
             "device_memory_bytes": peaks,
         }
         self._write(values, step, event)
