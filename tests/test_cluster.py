@@ -17,6 +17,7 @@ from launcher.cluster import (
     card_of,
     found_on_this_machine,
     host_memory_bytes,
+    on_this_machine,
     resolve_cluster,
     this_machine,
 )
@@ -44,6 +45,16 @@ def nvidia_smi(tmp_path, monkeypatch):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     return install
+
+
+def test_cards_of_a_list_are_found_in_another_order(nvidia_smi):
+    wanted = resolve_cluster(("V100-32GB", "RTX 3060 Ti"))
+    nvidia_smi(TWO_CARDS)
+    assert [device.uuid for device in on_this_machine(wanted).devices] == ["GPU-bbbb2222", "GPU-aaaa1111"]
+    assert on_this_machine(wanted).source == wanted.source
+    for others in (("V100-32GB", "V100-32GB"), ("RTX 3060 Ti", "RTX 3060 12GB")):
+        not_here = resolve_cluster(others)
+        assert on_this_machine(not_here) == not_here
 
 
 @pytest.fixture

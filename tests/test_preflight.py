@@ -27,15 +27,19 @@ from launcher.cluster import (
     process_limit,
     resolve_cluster,
 )
+from launcher.command import worker_environment
 from launcher.modelshape import shape_of
 from launcher.plan import Plan, make_plan
 from launcher.preflight import Finding, check, diagnose, environment, packages
+from launcher.preflight.devices import devices, rehearsal
 from launcher.preflight.disk import checkpoint_bytes, room
 from launcher.preflight.files import model_files
 from launcher.preflight.machine import limits
 from launcher.preflight.plan import check as check_plan
 from launcher.preflight.port import owner, port
+from launcher.recipe.device_maps import DeviceMap, load_device_map
 from launcher.recipe.schema import Recipe
+from launcher.recipe.shipped import shipped_folder
 
 CONFIG = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -527,6 +531,66 @@ def test_cards_with_too_little_free_memory(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("launcher.preflight.plan.found_on_this_machine", lambda: here)
     found = [finding for finding in check_plan(plan, tmp_path) if "RTX 3090 has 0.0 GiB free" in finding.found]
     assert [finding.level for finding in found] == ["error"]
+
+
+def spread_over(*names: str) -> Plan:
+    """A plan of a device map over these cards, one layer on each."""
+    strategy = {"type": "device_map", "device_map": "2gpu-mixed", "schedule": "naive"}
+    values = {"model": {"config": CONFIG}, "data": {"path": "rows.json", "max_length": 32}, "strategy": strategy}
+    recipe = Recipe.model_validate({**values, "hardware": names})
+    placed = DeviceMap(devices=names, placement=("0-0", "1-1"))
+    shape = shape_of(recipe.model, Path())
+    return make_plan("tiny", recipe, resolve_cluster(recipe.hardware), shape, device_map=placed)
+
+
+@pytest.mark.parametrize(
+    ("here", "found"),
+    [
+        (("RTX 3060 Ti", "RTX 3060 12GiB"), None),
+        (("RTX 3060 12GiB", "RTX 3060 Ti"), "RTX 3060 12GB is here instead of RTX 3060 Ti"),
+        (("RTX 3060 Ti",), r"2 devices planned, 1 here \(RTX 3060 Ti\)"),
+        (("RTX 3060 Ti reserved=8GiB", "RTX 3060 12GiB"), "RTX 3060 Ti has 0.0 GiB free, 0.6 GiB are planned"),
+    ],
+)
+def test_the_cards_of_a_device_map_have_to_be_the_planned_ones(here: tuple[str, ...], found: str | None) -> None:
+    findings = list(devices(spread_over("RTX 3060 Ti", "RTX 3060 12GiB"), resolve_cluster(here)))
+    if found is None:
+        assert findings == []
+    else:
+        assert findings[0].level == "error"
+        assert re.fullmatch(found, findings[0].found)
+        assert findings[0].to_type
+
+
+def test_cards_known_by_uuid_may_lie_in_another_order() -> None:
+    plan = spread_over("RTX 3060 Ti", "RTX 3060 12GiB")
+    plan_node, here = plan.cluster.nodes[0], resolve_cluster(("RTX 3060 12GiB", "RTX 3060 Ti"))
+    known = [device.model_copy(update={"uuid": device.name}) for device in plan_node.devices]
+    node = here.nodes[0].model_copy(
+        update={"devices": tuple(device.model_copy(update={"uuid": device.name}) for device in here.devices)}
+    )
+    cluster = plan.cluster.model_copy(update={"nodes": (plan_node.model_copy(update={"devices": tuple(known)}),)})
+    assert not list(devices(plan.model_copy(update={"cluster": cluster}), here.model_copy(update={"nodes": (node,)})))
+    backwards = plan.model_copy(update={"cluster": cluster, "stages": tuple(reversed(plan.stages))})
+    assert worker_environment(backwards)["CUDA_VISIBLE_DEVICES"] == "RTX 3060 12GB,RTX 3060 Ti"
+
+
+@pytest.mark.parametrize(
+    ("name", "device_map", "typed"),
+    [
+        ("chatglm2_lora_2gpu_mixed", "2gpu-mixed", "launch --device-map 2gpu-mixed --rehearse"),
+        ("mine", "3gpu-consumer", "launch RECIPE --device-map 3gpu-consumer --rehearse"),
+        ("mine", "elsewhere/map.yaml", "launch RECIPE --device-map elsewhere/map.yaml --rehearse"),
+    ],
+)
+def test_how_to_rehearse_names_what_was_typed(name: str, device_map: str, typed: str) -> None:
+    plan = spread_over("RTX 3060 Ti", "RTX 3060 12GiB")
+    file = shipped_folder() / "device_maps" / f"{device_map}.yaml"
+    placed = load_device_map(device_map)[1] if file.is_file() else plan.device_map
+    strategy = plan.recipe.strategy.model_copy(update={"device_map": str(file) if file.is_file() else device_map})
+    recipe = plan.recipe.model_copy(update={"strategy": strategy})
+    changed = plan.model_copy(update={"name": name, "recipe": recipe, "device_map": placed})
+    assert rehearsal(changed).endswith(typed)
 
 
 # --- environment.json

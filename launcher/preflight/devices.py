@@ -45,13 +45,13 @@ def devices(plan: Plan, found: Cluster) -> Iterator[Finding]:
 
 def _pairs(plan: Plan, found: Cluster) -> Iterator[tuple[Device, Device, int]]:
     """Each card that is planned with, the one that is here for it, and the bytes planned on it."""
-    by_uuid = {device.uuid: device for device in found.devices}
+    by_uuid = {device.uuid: device for device in found.devices if device.uuid is not None}
     if not plan.stages:
         for wanted, here in zip(plan.cluster.devices, found.devices, strict=False):
             yield wanted, here, plan.memory.total_bytes
     for stage in plan.stages:
         wanted = plan.cluster.devices[stage.device]
-        here = by_uuid[wanted.uuid] if wanted.uuid in by_uuid else found.devices[stage.device]
+        here = by_uuid.get(wanted.uuid or "", found.devices[stage.device])
         yield wanted, here, stage.memory_bytes
 
 

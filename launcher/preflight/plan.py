@@ -32,10 +32,10 @@ def check(plan: Plan, run_dir: Path) -> list[Finding]:
     """Everything that can be known before a process is started."""
     found = found_on_this_machine()
     return [
+        *devices(plan, found),
         *_strategy(plan),
         *(torch_wheel(found) if plan.kind == "cuda" else ()),
         *ranges_kept(),
-        *devices(plan, found),
         *_data(plan),
         *(model_files(plan) if plan.rehearsal is None else ()),  # its weights are random
         *_code(plan),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -288,6 +289,17 @@ def test_cards_that_are_not_here(refused: Refused) -> None:
         ["error: hardware: 8xA800-80GB: this machine has no GPU that nvidia-smi shows", "hardware=auto"],
         *("tiny.yaml", "hardware=8xA800-80GB", "train.global_batch=16"),
     )
+
+
+def test_cards_of_a_device_map_that_are_not_here(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--device-map", "2gpu-mixed"])
+    out, err = capfd.readouterr()
+    assert ended.value.code == NOT_READY
+    assert re.search(r"layers +RTX 3060 Ti +8\.0 GiB .* embedding, layers 0–", out), "the plan comes first"
+    assert "norm, head" in out
+    assert "this machine has no GPU that nvidia-smi shows" in err
+    assert "launch --device-map 2gpu-mixed --rehearse" in err
 
 
 def test_a_port_that_is_taken(refused: Refused) -> None:
