@@ -23,6 +23,7 @@ bench:              ## the results pages of this machine
 	# python benchmarks/one_sample.py --data DIR, with alpaca_zh_demo.json and alpaca_en_demo.json
 	python benchmarks/loading_memory.py
 	python benchmarks/memory_honesty.py
+	python benchmarks/pipeline.py
 
 schema:             ## what editors complete recipes with
 	launch schema recipes/schema.json

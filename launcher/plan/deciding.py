@@ -326,10 +326,16 @@ class Deciding:
                 because = f"the fastest that fits: {why_micro_batches(question, choice.chosen, self._sizes(1))}"
             self._decide("train.micro_batch", str(option.micro_batch), because)
         if recipe.train.gradient_checkpointing == "auto":
-            because = "everything fits without computing layers twice"
-            if choice.chosen.gradient_checkpointing:
-                because = "activations do not fit without, or only of batches too small to be fast"
-            self._decide("train.gradient_checkpointing", str(choice.chosen.gradient_checkpointing).lower(), because)
+            value, because = "false", "everything fits without computing layers twice"
+            if choice.chosen.stages and choice.chosen.gradient_checkpointing:
+                again = [self.cluster.devices[stage.device].name for stage in choice.chosen.stages if stage.recompute]
+                value, because = (
+                    f"on {', '.join(again)}",
+                    "activations are kept on a device where that fits and is faster",
+                )
+            elif choice.chosen.gradient_checkpointing:
+                value, because = "true", "activations do not fit without, or only of batches too small to be fast"
+            self._decide("train.gradient_checkpointing", value, because)
 
 
 def _reason(choice: Choice, num_devices: int) -> str:
