@@ -5,8 +5,8 @@
 Each trial starts `launch` on a tiny model with two CPU ranks, 20 steps and a checkpoint every two, in the foreground or the background, by
 DDP or FSDP, and draws one of:
 
-  inside    at the n-th open, write, flush, rename, mkdir or rmtree of a save, in a rank that is drawn: the rank is killed, or all at once, or
-            the system answers with an error (no space, I/O error, read-only), once or from then on
+  inside    at the n-th open, write, flush, rename, mkdir or rmtree of a save, in a rank that is drawn: the rank is killed, or all
+            at once, or the system answers with an error (no space, I/O error, read-only), once or from then on
   outside   at a random moment SIGKILL to a rank, to torchrun, to the launcher, or to everything at once
   asked     at a random moment SIGTERM or SIGUSR1 to the launcher, to a rank, or to everything at once
   damage    after a SIGKILL the newest checkpoint gets a flipped bit, is cut, loses a file or its manifest, or gets that of another run
@@ -37,10 +37,10 @@ from page import Page, environment
 _ROOT = str(Path(__file__).resolve().parents[1])
 sys.path.insert(0, _ROOT)
 
-from launcher import manifest
-from launcher.rundir import RunDir, read_events, read_json
-from tests.e2e.conftest import Sabotage, is_alive
-from tests.faults import KILL, KILL_ALL, Fault
+from launcher import manifest  # noqa: E402
+from launcher.rundir import RunDir, read_events, read_json  # noqa: E402
+from tests.e2e.conftest import Sabotage, is_alive  # noqa: E402
+from tests.faults import KILL, KILL_ALL, Fault  # noqa: E402
 
 STEPS, EVERY = 20, 2
 _RECIPE = f"""\
