@@ -248,8 +248,8 @@ class Checkpoint(Section):
     )
     init_from: str | None = Field(
         None,
-        description="A checkpoint to begin with: one of ours, of transformers' Trainer or of PEFT. Its weights are taken, and the "
-        "optimizer's moments where they can be read; steps, learning rate and rows begin anew.",
+        description="A checkpoint of ours, of transformers' Trainer or of PEFT to begin with, by its weights and the optimizer's moments "
+        "where they can be read; steps, learning rate and rows begin anew.",
     )
     async_: bool = Field(
         False,
