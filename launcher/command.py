@@ -90,14 +90,14 @@ def rank_environment(devices: Sequence[Device], num_processes: int) -> dict[str,
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYTHONUNBUFFERED": "1",
+        # One node: a host name that resolves to another interface would make gloo hang. On cards ranks agree over it after every step.
+        "GLOO_SOCKET_IFNAME": "lo",
     }
     if devices[0].kind == "cuda":
         env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the order of nvidia-smi, which the plan has
         env["CUDA_VISIBLE_DEVICES"] = ",".join(device.uuid or str(device.index) for device in devices)
     else:
         env["CUDA_VISIBLE_DEVICES"] = ""
-        # One node: a host name that resolves to another interface would make gloo hang.
-        env["GLOO_SOCKET_IFNAME"] = "lo"
         # Threads that wait by spinning make a step twenty times as long where others compute on these cores too.
         env["OMP_WAIT_POLICY"] = "PASSIVE"
     return env

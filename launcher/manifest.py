@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,15 +146,25 @@ def set_aside(folder: Path) -> Path:
     return folder.rename(aside)
 
 
-def newest_valid(run: RunDir) -> tuple[Verdict | None, list[Verdict]]:
-    """The newest checkpoint that may be used, and the newer ones that were passed over."""
+def newest_valid(run: RunDir, identity: dict[str, Any] | None = None) -> tuple[Verdict | None, list[Verdict]]:
+    """The newest checkpoint that may be used, and the newer ones that were passed over.
+
+    Args:
+        identity: what the run's checkpoints have to agree with (`launcher.plan.identity`). A folder from another run is passed over
+            where there is an older one of this run; where none agrees the recipe has changed, and the newest one can say how.
+    """
     skipped: list[Verdict] = []
+    stranger: tuple[Verdict, list[Verdict]] | None = None
     for folder in folders(run):
         verdict = verify(folder)
-        if verdict.problem is None:
-            return verdict, skipped
+        if verdict.problem is None and verdict.manifest is not None:
+            theirs = verdict.manifest.identity
+            if identity is None or all(identity[key] == theirs[key] for key in identity if key in theirs):
+                return verdict, skipped
+            stranger = stranger or (verdict, list(skipped))
+            verdict = replace(verdict, problem="it is of another run, with other values in its recipe")
         skipped.append(verdict)
-    return None, skipped
+    return stranger or (None, skipped)
 
 
 def best_first(run: RunDir) -> list[tuple[float, Path]]:

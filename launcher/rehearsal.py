@@ -71,7 +71,7 @@ def rehearsal_of(plan: Plan, run: RunDir) -> Plan:
                     "eval_every_steps": 1,
                 }
             ),
-            "checkpoint": plan.recipe.checkpoint.model_copy(update={"every_steps": 1, "keep": 2}),
+            "checkpoint": plan.recipe.checkpoint.model_copy(update={"every_steps": 1, "keep": 2, "init_from": None}),
             "hardware": f"{ranks}xcpu",
             "launch": plan.recipe.launch.model_copy(update={"run_dir": str(run.path), "port": None}),
         }

@@ -141,6 +141,7 @@ def carry_out(resuming: bool, made: Plan, where: RunDir) -> NoReturn:
 def carried_out(resuming: bool, made: Plan, where: RunDir) -> int:
     """Check, write the run directory, supervise, say how it ended; the exit code."""
     from launcher import manifest, preflight, show
+    from launcher.plan import identity
     from launcher.supervise import Supervisor, continue_from, kept_where_refused, write_run
 
     screen = show.console()
@@ -155,7 +156,7 @@ def carried_out(resuming: bool, made: Plan, where: RunDir) -> int:
     where.create()
     with where.locked():
         if resuming:
-            chosen, skipped = manifest.newest_valid(where)
+            chosen, skipped = manifest.newest_valid(where, identity(made))
             show.show_resume(screen, chosen, skipped, where.path)
             made = continue_from(made, chosen)
             show.show_changes(screen, made)

@@ -33,7 +33,7 @@ def test_ddp_on_eight_cards_is_one_torchrun() -> None:
     (command,) = node_commands(plan_of("alpaca_lora_8xa800"), RunDir(Path("/runs/a run")))
     assert str(command) == (
         "env OMP_NUM_THREADS=2 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 PYTHONUNBUFFERED=1 "
-        "CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7 "
+        "GLOO_SOCKET_IFNAME=lo CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7 "
         "HF_MODULES_CACHE='/runs/a run/code/no-module-cache' "
         "/venv/bin/python -m launcher.worker.torchrun --nnodes=1 --nproc-per-node=8 --rdzv-backend=c10d "
         "--rdzv-endpoint=127.0.0.1:0 --rdzv-id=alpaca_lora_8xa800 --local-addr=127.0.0.1 "

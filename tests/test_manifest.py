@@ -147,6 +147,35 @@ def test_the_newest_valid_checkpoint_is_found_and_the_newer_ones_say_why_not(run
     ]
 
 
+def test_a_manifest_of_another_run_seals_other_bytes(run, save, tmp_path):
+    folder, before = save(4), save(2)
+    (folder / "weights.bin").rename(tmp_path / "kept")
+    (folder / "weights.bin").write_bytes(WEIGHTS + b"5")
+    foreign = {name: describe_file(folder / name) for name in ("weights.bin", "more/state.json")}
+    (tmp_path / "kept").replace(folder / "weights.bin")
+    left = Manifest.model_validate_json((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(left.model_copy(update={"files": foreign}).sealed().model_dump_json())
+    chosen, skipped = newest_valid(run)
+    assert chosen is not None
+    assert chosen.folder == before
+    assert [verdict.problem for verdict in skipped] == ["weights.bin has other bytes than its manifest says"]
+
+
+def test_a_folder_of_another_run_is_passed_over_where_there_is_one_of_this(run, save):
+    save(4)
+    stranger = save(8)
+    left = Manifest.model_validate_json((stranger / "manifest.json").read_text())
+    changed = left.model_copy(update={"identity": {"train.seed": 7}}).sealed()
+    (stranger / "manifest.json").write_text(changed.model_dump_json())
+    chosen, skipped = newest_valid(run, {"train.seed": 42, "adapter.r": 8})
+    assert chosen is not None
+    assert chosen.step == 4
+    assert [verdict.problem for verdict in skipped] == ["it is of another run, with other values in its recipe"]
+    chosen, skipped = newest_valid(run, {"train.seed": 9})
+    assert chosen is not None
+    assert (chosen.step, skipped) == (8, []), "then the recipe has changed, and the newest one says how"
+
+
 def test_where_all_are_damaged_all_are_named(run, save):
     for step in (4, 8):
         (save(step) / "weights.bin").unlink()

@@ -18,6 +18,7 @@ from launcher.memory import CPU_CONTEXT_BYTES
 from launcher.modelshape.files import cached_snapshot, stored_dtypes
 from launcher.plan import DTYPE_BYTES, Plan, checkpoint_bytes
 from launcher.preflight.devices import devices
+from launcher.preflight.beginning import beginning
 from launcher.preflight.disk import room
 from launcher.preflight.files import model_files
 from launcher.preflight.finding import Finding, size
@@ -38,6 +39,7 @@ def check(plan: Plan, run_dir: Path) -> list[Finding]:
         *ranges_kept(),
         *_data(plan),
         *(model_files(plan) if plan.rehearsal is None else ()),  # its weights are random
+        *beginning(plan, run_dir),
         *_code(plan),
         *_code_versions(plan),
         *_packages(plan),

@@ -146,6 +146,9 @@ def with_absolute_paths(recipe: Recipe, document: Document) -> Recipe:
         return absolute(value, key) if isinstance(value, str) else tuple(absolute(item, key) for item in value)
 
     model, data, launch, strategy = recipe.model, recipe.data, recipe.launch, recipe.strategy
+    checkpoint = recipe.checkpoint
+    if checkpoint.init_from is not None:
+        checkpoint = checkpoint.model_copy(update={"init_from": absolute(checkpoint.init_from, "checkpoint.init_from")})
     if model.path is not None:
         folder = absolute(model.path, "model.path")
         if model.path.startswith(("/", ".", "~")) or os.path.isdir(folder):
@@ -158,7 +161,8 @@ def with_absolute_paths(recipe: Recipe, document: Document) -> Recipe:
         launch = launch.model_copy(update={"run_dir": absolute(launch.run_dir, "launch.run_dir")})
     if strategy.deepspeed is not None:
         strategy = strategy.model_copy(update={"deepspeed": absolute(strategy.deepspeed, "strategy.deepspeed")})
-    return recipe.model_copy(update={"model": model, "data": data, "launch": launch, "strategy": strategy})
+    sections = {"model": model, "data": data, "launch": launch, "strategy": strategy, "checkpoint": checkpoint}
+    return recipe.model_copy(update=sections)
 
 
 def located(problems: Sequence[Problem], document: Document) -> RecipeError:

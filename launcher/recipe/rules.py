@@ -164,6 +164,11 @@ def _run(recipe: Recipe) -> Iterator[Problem]:
             "checkpoint.resume",
             "auto needs a run directory that stays the same. Set launch.run_dir, or use: launch resume RUN",
         )
+    if recipe.checkpoint.init_from is not None and recipe.adapter.type == "adalora":
+        yield Problem(
+            "checkpoint.init_from",
+            "a file of AdaLoRA lacks the ranks that are gone for now, so nothing can begin with it. Remove it, or set adapter.type=lora",
+        )
     if recipe.launch.run_dir == "":
         yield Problem("launch.run_dir", "is empty. Give a folder, or null for runs/<recipe>-<time>")
     if recipe.launch.max_restarts:
@@ -203,5 +208,5 @@ _RULES: dict[Callable[[Recipe], Iterator[Problem]], tuple[str, ...]] = {
     _strategy: ("strategy", "launch"),
     _questions: ("data", "strategy"),
     unshardable: ("model", "adapter", "strategy", "train"),
-    _run: ("checkpoint", "launch"),
+    _run: ("checkpoint", "launch", "adapter"),
 }

@@ -246,6 +246,11 @@ class Checkpoint(Section):
     resume: Literal["never", "auto"] = Field(
         "never", description="auto continues from the newest valid checkpoint of launch.run_dir where there is one."
     )
+    init_from: str | None = Field(
+        None,
+        description="A checkpoint of ours, of transformers' Trainer or of PEFT to begin with, by its weights and the optimizer's moments "
+        "where they can be read; steps, learning rate and rows begin anew.",
+    )
     async_: bool = Field(
         False,
         alias="async",

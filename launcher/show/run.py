@@ -121,6 +121,9 @@ class RunScreen:
         num = event["ranks"]
         line(self.screen, "start", f"{num} rank{'s' if num > 1 else ''} ready   {event['seconds']:.1f} s")
 
+    def _begun(self, event: dict[str, Any]) -> None:
+        line(self.screen, "begins", f"with {as_typed(event['folder'])}: {event['what']}")
+
     def _train(self, event: dict[str, Any]) -> None:
         self.max_steps = event["max_steps"]
         if self.screen.is_terminal:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from launcher.errors import UsageError
+from launcher.errors import PreflightError, UsageError
 from launcher.plan import Plan
+from launcher.worker.byshard import ADAPTER_FILE
 
 _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
@@ -39,6 +42,41 @@ def with_adapter(model: Any, plan: Plan, total_steps: int) -> Any:
         raise UsageError(
             f"adapter.targets: {set_to}", f"match nothing in {plan.shape.name}", f"it has: {names}"
         ) from None
+
+
+def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter, by PEFT's names; a file that is mapped is read when they are."""
+    if (folder / ADAPTER_FILE).is_file():
+        return load_file(folder / ADAPTER_FILE)
+    state: dict[str, torch.Tensor] = torch.load(folder / "adapter_model.bin", map_location="cpu", weights_only=True)
+    return state
+
+
+def require_adapter(model: Any, state: dict[str, torch.Tensor]) -> None:
+    """Compare the tensors of an adapter with those of a model: PEFT itself would pass over what is missing.
+
+    Raises:
+        PreflightError: it has other ones.
+    """
+    from peft import get_peft_model_state_dict
+
+    shapes = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
+    missing = [name for name, shape in shapes.items() if name not in state or tuple(state[name].shape) != shape]
+    wrong = missing or sorted(state.keys() - shapes)
+    if wrong:
+        found = (
+            f"{'lacks' if missing else 'has, and this model has not,'} {wrong[0]}{' and others' if wrong[1:] else ''}"
+        )
+        raise PreflightError("the adapter to begin with", found, "check adapter.targets, adapter.r and the base model")
+
+
+def put_adapter(model: Any, folder: Path) -> None:
+    """Give an adapter the values of a file."""
+    from peft import set_peft_model_state_dict
+
+    state = adapter_of(folder)
+    require_adapter(model, state)
+    set_peft_model_state_dict(model, state)
 
 
 def _with_fp32_trained(model: Any) -> Any:

@@ -1,7 +1,8 @@
 """`launch export RUN`: a checkpoint in, a folder out that loads on its own and computes the same.
 
 The adapter is merged into the base in full precision, never into a quantised one. Before the folder gets its name it is loaded in a
-fresh process and its logits are compared with those of base and adapter side by side.
+fresh process and its logits are compared with those of base and adapter side by side. Weights that were trained in full are streamed, a
+tensor at a time, and compared bit by bit.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from launcher.compat import BUILT_FIRST
 from launcher.errors import PreflightError
 from launcher.remotecode import RemoteCode, Staged, find_code, read_code, stage
 from launcher.rundir import RunDir, read_json, write_json
-from launcher.worker.loading import Trained, load_trained
+from launcher.worker.loading import Trained, chosen_checkpoint, load_trained
 from launcher.worker.original import (
     WEIGHTS,
     converted_again,
@@ -33,9 +34,11 @@ from launcher.worker.original import (
     shared_and_counted,
     write_original,
 )
+from launcher.worker.prepared import read_plan, read_prepared
 from launcher.worker.pulse import die_with_parent, first_line
 from launcher.worker.quiet import quiet_libraries
 from launcher.worker.staged import MODEL_CLASSES, load_tokenizer, load_weights
+from launcher.worker.streaming import require_same, restream
 
 # Largest difference of a logit, as a share of the largest logit: what rounding does when two matrices are added before the product.
 _TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
@@ -47,8 +50,11 @@ def main(argv: list[str]) -> int:
     """Export, or with --verify compare; the exit code."""
     options = _options(argv)
     quiet_libraries()
-    if options.verify:
+    if options.verify or options.whole:
         die_with_parent()
+    if options.whole:
+        return whole(Path(options.run))
+    if options.verify:
         return verify(Path(options.run), Path(options.verify), options)
     export(RunDir(Path(options.run)), options)
     return 0
@@ -66,19 +72,12 @@ def export(run: RunDir, options: Any) -> None:
     staging = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     if options.layout == "original":
         require_way_back(run)
-    trained = load_trained(run, options.step, quantized=False)
-    print(f"export       {trained.plan.name}, {trained.checkpoint.name}")
+    plan, prepared = read_plan(run), read_prepared(run)
+    # Merging, another layout and code of the model's own want the model itself; weights as they are do not.
+    as_they_are = plan.recipe.adapter.type == "full" and options.layout == "native" and prepared.code is None
     try:
         staging.mkdir(parents=True)
-        probe = run.path / f".export-probe-{os.getpid()}.pt"
-        torch.save(_logits(trained.model, _probe_ids(trained)), probe)
-        try:
-            size = options.max_shard_size or trained.plan.recipe.checkpoint.max_shard_size
-            write = write_original if options.layout == "original" else _write
-            num_bytes = write(trained, staging, size)
-            _verify_in_fresh_process(staging, probe, trained)
-        finally:
-            probe.unlink()
+        num_bytes, verified = (_streamed if as_they_are else _computed)(run, staging, options)
         staging.rename(out)
     except OSError as error:
         raise PreflightError(
@@ -86,9 +85,44 @@ def export(run: RunDir, options: Any) -> None:
         ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    print(
-        f"verified     launch loads it in a fresh process and gets the same logits\ndone         {out}  {num_bytes / 2**20:,.1f} MiB"
-    )
+    print(f"verified     {verified}\ndone         {out}  {num_bytes / 2**20:,.1f} MiB")
+
+
+def _streamed(run: RunDir, staging: Path, options: Any) -> tuple[int, str]:
+    """Put the weights of a checkpoint into files of another size; their bytes, and how that was verified.
+
+    Takes the memory of a few tensors.
+    """
+    plan, prepared = read_plan(run), read_prepared(run)
+    checkpoint = chosen_checkpoint(run, plan, options.step)
+    print(f"export       {plan.name}, {checkpoint.name}")
+    num_bytes = restream(checkpoint, staging, options.max_shard_size or plan.recipe.checkpoint.max_shard_size)
+    require_same(checkpoint, staging)
+    for name in ("config.json", "generation_config.json"):
+        if (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, staging / name)
+    ends = {"eos_token_id": list(prepared.eos_token_ids), "pad_token_id": prepared.pad_token_id}
+    write_json(staging / "generation_config.json", {**(read_json(staging / "generation_config.json") or {}), **ends})
+    load_tokenizer(prepared.tokenizer_dir, None).save_pretrained(staging)
+    shared_and_counted(staging)
+    _in_fresh_process([str(staging), "--whole"])
+    return num_bytes, "every tensor is the checkpoint's; transformers finds all of them in a fresh process"
+
+
+def _computed(run: RunDir, staging: Path, options: Any) -> tuple[int, str]:
+    """Merge, or write in another layout, by the model in memory; the bytes, and how that was verified."""
+    trained = load_trained(run, options.step, quantized=False)
+    print(f"export       {trained.plan.name}, {trained.checkpoint.name}")
+    probe = run.path / f".export-probe-{os.getpid()}.pt"
+    torch.save(_logits(trained.model, _probe_ids(trained)), probe)
+    try:
+        size = options.max_shard_size or trained.plan.recipe.checkpoint.max_shard_size
+        write = write_original if options.layout == "original" else _write
+        num_bytes = write(trained, staging, size)
+        _verify_in_fresh_process(staging, probe, trained)
+    finally:
+        probe.unlink()
+    return num_bytes, "launch loads it in a fresh process and gets the same logits"
 
 
 def _write(trained: Trained, folder: Path, max_shard_size: str) -> int:
@@ -148,9 +182,19 @@ def _name_classes(file: Path, classes: dict[str, Any]) -> None:
 
 
 def _verify_in_fresh_process(folder: Path, probe: Path, trained: Trained) -> None:
-    command = [sys.executable, "-m", "launcher.worker.export", str(folder), "--verify", str(probe)]
+    arguments = [str(folder), "--verify", str(probe)]
     if trained.prepared.code is not None:
-        command += ["--trust-remote-code", "--fixes", ",".join(trained.prepared.code.fixes)]
+        arguments += ["--trust-remote-code", "--fixes", ",".join(trained.prepared.code.fixes)]
+    _in_fresh_process(arguments)
+
+
+def _in_fresh_process(arguments: list[str]) -> None:
+    """Look at an exported folder as somebody does who knows nothing of this run.
+
+    Raises:
+        PreflightError: it does not load, or computes something else.
+    """
+    command = [sys.executable, "-m", "launcher.worker.export", *arguments]
     # A module cache of its own: transformers reads where it is when it is imported.
     with tempfile.TemporaryDirectory(prefix="launch-modules-") as modules:
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules}
@@ -165,6 +209,19 @@ def _verify_in_fresh_process(folder: Path, probe: Path, trained: Trained) -> Non
             f"the folder does not load or compute as it should: {lines[-1] if lines else ''}",
             "report this, please",
         )
+
+
+def whole(folder: Path) -> int:
+    """Whether transformers finds every weight of a folder, without memory for any; 0 where it does."""
+    import transformers
+
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, device_map="meta", dtype="auto", output_loading_info=True, local_files_only=True
+    )
+    transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    wrong = {key: sorted(map(str, names)) for key, names in found.items() if names}
+    print(f"{type(model).__name__}: {wrong}" if wrong else "", file=sys.stderr)
+    return int(bool(wrong))
 
 
 def verify(folder: Path, probe: Path, options: Any) -> int:
@@ -242,6 +299,7 @@ def _options(argv: list[str]) -> Any:
     parser.add_argument("--step")
     parser.add_argument("--layout", choices=("native", "original"), default="native")
     parser.add_argument("--verify")
+    parser.add_argument("--whole", action="store_true")
     parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--fixes", default="")
     return parser.parse_args(argv)

@@ -45,7 +45,7 @@ def load_trained(run: RunDir, step: str | None, quantized: bool) -> Trained:
     """
     plan = read_plan(run)
     prepared = read_prepared(run)
-    folder = find_checkpoint(run, step or ("best" if plan.recipe.train.early_stopping else "latest"))
+    folder = chosen_checkpoint(run, plan, step)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if plan.recipe.adapter.type == "full":
         model = load_model(plan, folder, device, quantized, prepared.code)
@@ -58,6 +58,15 @@ def load_trained(run: RunDir, step: str | None, quantized: bool) -> Trained:
     model.config.use_cache = True
     tokenizer = load_tokenizer(prepared.tokenizer_dir, prepared.code)
     return Trained(plan, prepared, model, tokenizer, folder)
+
+
+def chosen_checkpoint(run: RunDir, plan: Plan, step: str | None) -> Path:
+    """The folder of the checkpoint that somebody wants (`load_trained`).
+
+    Raises:
+        UsageError: there is no such valid checkpoint.
+    """
+    return find_checkpoint(run, step or ("best" if plan.recipe.train.early_stopping else "latest"))
 
 
 def find_checkpoint(run: RunDir, which: str) -> Path:

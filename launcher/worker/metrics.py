@@ -153,6 +153,11 @@ class Metrics(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.counters.since = time.perf_counter()  # the time of a save is no training time either
 
+    def begun_with(self, folder: str, what: str) -> None:
+        """What was taken from the checkpoint that the recipe begins with."""
+        if self.rank == 0:
+            append_event(self.run, {"event": "begun", "time": time.time(), "folder": folder, "what": what})
+
     def not_saved(self, step: int, why: str) -> None:
         """A checkpoint could not be written, and training goes on without it."""
         self._write({}, step, {"event": "not_saved", "time": time.time(), "step": step, "why": why})

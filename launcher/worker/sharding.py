@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -23,8 +22,8 @@ from launcher.families import family
 from launcher.plan import Plan, total_steps
 from launcher.rundir import RunDir
 from launcher.worker import spread, zero
-from launcher.worker.adapters import with_adapter
-from launcher.worker.byshard import ADAPTER_FILE, Weights, empty_model, is_empty, read_buffers, weights_of
+from launcher.worker.adapters import adapter_of, put_adapter, require_adapter, with_adapter
+from launcher.worker.byshard import Weights, empty_model, is_empty, read_buffers, weights_of
 from launcher.worker.devices import stage_devices
 from launcher.worker.dtensors import rows_of_this_rank
 from launcher.worker.model import DTYPES, load_model
@@ -35,23 +34,24 @@ from launcher.worker.weights import PARAMETERS_SHARDED
 def build_model(plan: Plan, run: RunDir, prepared: Prepared, device: torch.device, num_rows: int) -> Any:
     """The model that this rank trains, adapter and all; where parameters are sharded its share of it, and at once that of the checkpoint
     to go on from. All weights come from that checkpoint, an adapter that is whole on every rank is put in by the Trainer."""
-    if plan.strategy not in PARAMETERS_SHARDED:
-        resuming = plan.resume_from is not None and plan.recipe.adapter.type == "full"
-        folder = run.path / str(plan.resume_from) if resuming else Path(prepared.model_dir)
-        if plan.strategy == "device_map":
-            known = family(plan.shape.family)
-            placed = spread.places(known, plan.stages, stage_devices(plan), folder, prepared.code)
-            model = _adapted(load_model(plan, folder, placed, code=prepared.code), plan, num_rows)
-            return spread.to_train(model, plan, placed)
-        return _adapted(load_model(plan, folder, device, code=prepared.code), plan, num_rows)
-    model, weights = unplaced_model(plan, run, prepared, num_rows)
-    if plan.strategy == "fsdp":
-        shard(model, plan, device)
-        if weights is not None:
-            _fill(model, weights)
-    elif weights is not None:
-        zero.partition(model, weights, plan, device)
-    return model
+    if plan.strategy in PARAMETERS_SHARDED:
+        model, weights = unplaced_model(plan, run, prepared, num_rows)
+        if plan.strategy == "fsdp":
+            shard(model, plan, device)
+            if weights is not None:
+                _fill(model, weights)
+        elif weights is not None:
+            zero.partition(model, weights, plan, device)
+        return model
+    checkpoint, full = origin(plan, run), plan.recipe.adapter.type == "full"
+    folder = checkpoint if checkpoint is not None and full else Path(prepared.model_dir)
+    placed: Any = device
+    if plan.strategy == "device_map":
+        placed = spread.places(family(plan.shape.family), plan.stages, stage_devices(plan), folder, prepared.code)
+    model = _adapted(load_model(plan, folder, placed, code=prepared.code), plan, num_rows)
+    if checkpoint is not None and not full and plan.resume_from is None:
+        put_adapter(model, checkpoint)
+    return spread.to_train(model, plan, placed) if plan.strategy == "device_map" else model
 
 
 def unplaced_model(plan: Plan, run: RunDir, prepared: Prepared, num_rows: int) -> tuple[Any, Weights | None]:
@@ -60,8 +60,7 @@ def unplaced_model(plan: Plan, run: RunDir, prepared: Prepared, num_rows: int) -
     Without memory, beside what its weights are read from, at once those of the checkpoint to go on from; or all of it in host memory and
     None, where its files cannot be read by tensor.
     """
-    checkpoint = run.path / plan.resume_from if plan.resume_from else None
-    full = plan.recipe.adapter.type == "full"
+    checkpoint, full = origin(plan, run), plan.recipe.adapter.type == "full"
     folder = checkpoint if checkpoint is not None and full else Path(prepared.model_dir)
     model, weights = None, None
     # DoRA starts from the norms of the weights; a model's own code may do anything while it is built.
@@ -74,11 +73,19 @@ def unplaced_model(plan: Plan, run: RunDir, prepared: Prepared, num_rows: int) -
     else:
         read_buffers(model, weights)
     model = _adapted(model, plan, num_rows)
-    if weights is None and checkpoint is not None and not full:
-        from peft import set_peft_model_state_dict
-
-        set_peft_model_state_dict(model, load_file(checkpoint / ADAPTER_FILE))
+    if checkpoint is not None and not full:
+        require_adapter(model, adapter_of(checkpoint))
+        if weights is None:
+            put_adapter(model, checkpoint)
     return model, weights
+
+
+def origin(plan: Plan, run: RunDir) -> Path | None:
+    """The checkpoint whose weights the ranks take: that of a run that goes on, else what the recipe begins with."""
+    if plan.resume_from is not None:
+        return run.path / plan.resume_from
+    named = plan.recipe.checkpoint.init_from
+    return Path(named) if named is not None else None
 
 
 def _adapted(model: Any, plan: Plan, num_rows: int) -> Any:

@@ -24,10 +24,11 @@ from launcher.errors import LaunchError, PreflightError
 from launcher.families import family
 from launcher.plan import Plan, steps_per_epoch, total_steps
 from launcher.rundir import RunDir
-from launcher.worker import adapters, checkpoint, sharding, spread
+from launcher.worker import adapters, checkpoint, sharding, spread, zero
 from launcher.worker.asking import Asking
 from launcher.worker.byshard import weights_in
 from launcher.worker.checkpoint import partitions
+from launcher.worker.checkpoint.foreign import NotReadableError, moments_to_begin_with
 from launcher.worker.code_trial import Recomputation
 from launcher.worker.data.batches import Batch, StepOrder, WholeSteps, collator
 from launcher.worker.data.tokens import IGNORED
@@ -235,7 +236,28 @@ class PlannedTrainer(Trainer):
         ready = super()._prepare_for_training(max_steps, train_dataloader, given)
         if resume_from_checkpoint is not None and given is None:
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        if resume_from_checkpoint is None and self.plan.recipe.checkpoint.init_from is not None:
+            self._begin_with(Path(self.plan.recipe.checkpoint.init_from))
         return ready
+
+    def _begin_with(self, folder: Path) -> None:
+        """Moments of a checkpoint whose weights are in the model already, where they can be read; said in either case."""
+        slices, told = None, "weights and moments"
+        parameters = dict(zero.trained(self.model))
+        decayed = set(self.get_decay_parameter_names(self.model))
+        order = sorted(parameters, key=lambda name: name not in decayed)  # as the Trainer puts them into its groups
+        try:
+            shapes = {name: tuple(getattr(each, "ds_shape", each.shape)) for name, each in parameters.items()}
+            slices = moments_to_begin_with(folder, shapes, order)
+            if self.plan.recipe.train.optimizer != "adamw":
+                raise NotReadableError(f"{self.plan.recipe.train.optimizer} keeps them in 8 bits")
+        except NotReadableError as error:
+            slices, told = None, f"weights; the optimizer begins anew: {error}"
+        if self.plan.deepspeed is not None and any(folder.glob("*.safetensors")):
+            partitions.put_back(slices, self.model_wrapped, self.model, weights_in(self.model, folder, folder))
+        elif slices is not None:
+            checkpoint.put_back(slices, self.optimizer, self.model)
+        self.metrics.begun_with(str(folder), told)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         is_first = resume_from_checkpoint == str(self.run.path / str(self.plan.resume_from))

@@ -18,7 +18,7 @@ from launcher.worker import zero
 from launcher.worker.byshard import ADAPTER_FILE
 from launcher.worker.checkpoint import Staging
 
-INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 PARAMETERS_SHARDED = ("fsdp", "zero3")
 _UNITS = {"MB": 10**6, "GB": 10**9}
 
@@ -30,16 +30,15 @@ def write_weights(folder: Staging, model: Any, plan: Plan) -> None:
     """
     if plan.recipe.adapter.type != "full":
         _write_adapter(folder, model, plan)
-    elif plan.strategy in PARAMETERS_SHARDED:
-        sizes = {name: zero.numel(p) * p.element_size() for name, p in model.named_parameters()}
-        files = files_of(sizes, plan.recipe.checkpoint.max_shard_size)
-        mine = {name for file in _my_files(files) for name in files[file]}
-        _write_full(folder, model, files, gathered(model, mine.__contains__))
-    else:
-        state = _as_published(model)
-        sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
-        files = files_of(sizes, plan.recipe.checkpoint.max_shard_size)
-        _write_full(folder, model, files, iter(state.items()))
+        return
+    is_sharded = plan.strategy in PARAMETERS_SHARDED
+    state = dict(model.named_parameters()) if is_sharded else _as_published(model)
+    sizes = {name: zero.numel(tensor) * tensor.element_size() for name, tensor in state.items()}
+    files = files_of(sizes, plan.recipe.checkpoint.max_shard_size)
+    mine = {name for file in _my_files(files) for name in files[file]}
+    _write_full(folder, files, gathered(model, mine.__contains__) if is_sharded else iter(state.items()))
+    if _rank() == 0:
+        write_model_files(folder, model, weight_map_of(files), sum(sizes.values()))
 
 
 def gathered(
@@ -82,7 +81,7 @@ def write_adapter_files(folder: Staging, model: Any, tensors: dict[str, torch.Te
 
 
 def _write_full(
-    folder: Staging, model: Any, files: dict[str, list[str]], weights: Iterator[tuple[str, torch.Tensor | None]]
+    folder: Staging, files: dict[str, list[str]], weights: Iterator[tuple[str, torch.Tensor | None]]
 ) -> None:
     """Deal the files out to the ranks: in every round each takes the tensors of one, then all write at the same time."""
     mine, round_of = set(_my_files(files)), _num_ranks()
@@ -95,21 +94,6 @@ def _write_full(
             for each, tensors in kept.items():
                 folder.tensors(each, tensors)
             kept = {}
-    if _rank() == 0:
-        weight_map = {name: file for file, names in files.items() for name in names}
-        num_bytes = sum(zero.numel(parameter) * parameter.element_size() for parameter in model.parameters())
-        write_model_files(folder, model, weight_map, num_bytes)
-
-
-def write_model_files(folder: Staging, model: Any, weight_map: dict[str, str], num_bytes: int) -> None:
-    """What transformers reads beside the weights: in which file each is, and the config."""
-    folder.text(INDEX_FILE, json.dumps({"metadata": {"total_size": num_bytes}, "weight_map": weight_map}, indent=1))
-    # Not by their save_pretrained, which refuses generation settings that published models have.
-    config = copy.copy(model.config)
-    config.dtype = next(model.parameters()).dtype
-    folder.text("config.json", config.to_json_string())
-    if getattr(model, "generation_config", None) is not None:
-        folder.text("generation_config.json", model.generation_config.to_json_string())
 
 
 def _my_files(files: dict[str, list[str]]) -> list[str]:
@@ -130,6 +114,18 @@ def _as_published(model: Any) -> dict[str, torch.Tensor]:
     return published
 
 
+def write_model_files(folder: Staging, model: Any, weight_map: dict[str, str], num_bytes: int) -> None:
+    """What transformers reads beside the weights: in which file each is, and the config."""
+    if set(weight_map.values()) != {SINGLE_FILE}:
+        folder.text(INDEX_FILE, index_of(weight_map, num_bytes))
+    # Not by their save_pretrained, which refuses generation settings that published models have.
+    config = copy.copy(model.config)
+    config.dtype = next(model.parameters()).dtype
+    folder.text("config.json", config.to_json_string())
+    if getattr(model, "generation_config", None) is not None:
+        folder.text("generation_config.json", model.generation_config.to_json_string())
+
+
 def files_of(sizes: dict[str, int], max_shard_size: str) -> dict[str, list[str]]:
     """File name -> names of the weights in it, in the order of `sizes` (bytes by name)."""
     number, unit = re.fullmatch(r"(\d+)(MB|GB)", max_shard_size).groups()  # type: ignore[union-attr]
@@ -142,7 +138,19 @@ def files_of(sizes: dict[str, int], max_shard_size: str) -> dict[str, list[str]]
             size = 0
         groups[-1].append(name)
         size += num_bytes
+    if len(groups) == 1:
+        return {SINGLE_FILE: groups[0]}
     return {f"model-{place:05d}-of-{len(groups):05d}.safetensors": names for place, names in enumerate(groups, 1)}
+
+
+def weight_map_of(files: dict[str, list[str]]) -> dict[str, str]:
+    """Name of a weight -> its file."""
+    return {name: file for file, names in files.items() for name in names}
+
+
+def index_of(weight_map: dict[str, str], num_bytes: int) -> str:
+    """What tells transformers which weight is in which of several files."""
+    return json.dumps({"metadata": {"total_size": num_bytes}, "weight_map": weight_map}, indent=1)
 
 
 def _rank() -> int:

@@ -33,8 +33,8 @@ train train.epochs train.max_steps train.lr train.schedule train.warmup train.op
 train.max_grad_norm train.micro_batch train.global_batch train.gradient_checkpointing train.seed
 train.log_every_steps train.eval_every_steps
 train.early_stopping train.early_stopping.patience train.early_stopping.min_delta
-checkpoint checkpoint.every_steps checkpoint.keep checkpoint.max_shard_size checkpoint.resume checkpoint.async
-checkpoint.on_failure
+checkpoint checkpoint.every_steps checkpoint.keep checkpoint.max_shard_size checkpoint.resume checkpoint.init_from
+checkpoint.async checkpoint.on_failure
 hardware
 launch launch.backend launch.run_dir launch.port launch.max_restarts
 """

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,17 +70,21 @@ class Job:
         """Model and data into the cache, and what of them this run reads into its directory."""
         supervise.Supervisor(plan, self.run, lambda event: None).prepare_only()
 
-    def start(self, *overrides: str, resume: bool = False) -> list[int]:
+    def start(self, *overrides: str, resume: bool = False, **faults: Any) -> list[int]:
         """Plan, prepare and run all ranks to their end; their exit codes."""
-        return self.ranks(self.prepare(*overrides, resume=resume))
+        return self.ranks(self.prepare(*overrides, resume=resume), **faults)
 
-    def ranks(self, plan: Plan, pretend: dict[str, Any] | None = None) -> list[int]:
+    def ranks(
+        self, plan: Plan, pretend: dict[str, Any] | None = None, fault: str = "", struck: Sequence[int] = ()
+    ) -> list[int]:
         """Run all ranks of what is prepared to their end; their exit codes.
 
         Args:
             pretend: devices that each rank has, as `logical_devices.register` takes them.
+            fault: code that runs in the ranks `struck` before anything else.
         """
-        return ask(self.server, plan=str(self.run.plan), ranks=plan.num_processes, pretend=pretend)
+        faults = {"fault": fault, "struck": list(struck)}
+        return ask(self.server, plan=str(self.run.plan), ranks=plan.num_processes, pretend=pretend, **faults)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in read_events(self.run)[0] if event["event"] == kind]

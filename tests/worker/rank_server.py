@@ -1,7 +1,7 @@
 """Runs ranks of the real worker without paying for the imports every time.
 
 Started once a test session: imports torch, transformers, PEFT and datasets, then forks the ranks of each job it reads from stdin (one JSON
-object a line: plan, ranks, the pretend devices that each has or null) and answers with their exit codes. A rank is
+object a line: plan, ranks, the pretend devices that each has or null, code that breaks some) and answers with their exit codes. A rank is
 `launcher.worker.__main__.main`, over real gloo; or, where a job names one (`module:function`, with an `argument`), a function that
 is called in a process group of so many ranks.
 """
@@ -43,6 +43,8 @@ def run_rank(job: dict, rank: int, port: int) -> int:
     )
     if job.get("pretend") is not None:
         logical_devices.register(**job["pretend"])
+    if rank in job.get("struck", ()):
+        exec(job["fault"], {})
     return main(job["plan"]) if "plan" in job else call(job)
 
 

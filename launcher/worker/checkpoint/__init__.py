@@ -12,7 +12,7 @@ it, `saving` commits.
 """
 
 from launcher.worker.checkpoint.files import Staging
-from launcher.worker.checkpoint.optimizer import read_optimizer, set_schedule, write_optimizer
+from launcher.worker.checkpoint.optimizer import put_back, read_optimizer, set_schedule, write_optimizer
 from launcher.worker.checkpoint.saving import NotSavedError, Position, Saver, gathered, save_checkpoint
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Saver",
     "Staging",
     "gathered",
+    "put_back",
     "read_optimizer",
     "save_checkpoint",
     "set_schedule",

@@ -62,13 +62,21 @@ def read_optimizer(folder: Path, optimizer: Any, model: torch.nn.Module) -> int:
     Raises:
         PreflightError: some of it is not there.
     """
-    slices, parameters = Slices(folder), dict(model.named_parameters())
-    names = _parameter_names(optimizer, model)
+    put_back(Slices(folder), optimizer, model)
+    return read_last_epoch(folder)
+
+
+def put_back(slices: Slices, optimizer: Any, model: torch.nn.Module) -> None:
+    """Give an optimizer its state, all of it or this rank's rows.
+
+    Raises:
+        PreflightError: some of it is not there.
+    """
+    parameters, names = dict(model.named_parameters()), _parameter_names(optimizer, model)
     state = {
         index: _nested(_state_of(slices, name, parameters[name], type(optimizer))) for index, name in names.items()
     }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return read_last_epoch(folder)
 
 
 def _state_of(slices: Slices, name: str, parameter: torch.Tensor, kind_of_optimizer: type) -> State:

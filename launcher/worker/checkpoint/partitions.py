@@ -99,20 +99,27 @@ def read_state(folder: Path, engine: Any, model: torch.nn.Module, weights: Weigh
     if is_blockwise(engine):
         _read_flat_state(folder, engine)
     else:
-        _fill(Slices(folder), engine, list(_parts(engine, model)), weights)
+        put_back(Slices(folder), engine, model, weights)
     left = json.loads((folder / OPTIMIZER_FILE).read_text())
     for key, value in left.get("loss_scaler", {}).items():
         setattr(engine.optimizer.loss_scaler, key, value)
     return int(left["last_epoch"])
 
 
-def _fill(slices: Slices, engine: Any, parts: list[Part], weights: Weights) -> None:
+def put_back(slices: Slices | None, engine: Any, model: torch.nn.Module, weights: Weights) -> None:
+    """Give this rank's part of masters and moments their values; without slices the masters alone.
+
+    Raises:
+        PreflightError: some of them are not there.
+    """
     optimizer, flats = engine.optimizer.optimizer, masters(engine)
     states: dict[int, State] = defaultdict(dict)
-    for part in parts:
+    for part in _parts(engine, model):
         master, stop = flats[part.group], part.start + part.length
         if part.halved:
             part.within(master.data).copy_(_precise(slices, weights, part.name, part.start, stop))
+        if slices is None:
+            continue
         require(slices, part.name, torch.Size(part.shape))
         for kind in slices.kinds(part.name):
             if kind != MASTER:
@@ -123,19 +130,17 @@ def _fill(slices: Slices, engine: Any, parts: list[Part], weights: Weights) -> N
         optimizer.state[flats[group]] = state
 
 
-def _precise(slices: Slices, weights: Weights, name: str, start: int, stop: int) -> torch.Tensor:
+def _precise(slices: Slices | None, weights: Weights, name: str, start: int, stop: int) -> torch.Tensor:
     """Values of a weight in the best precision that the checkpoint has.
 
     Raises:
         PreflightError: it has none.
     """
-    if MASTER in slices.kinds(name):
+    if slices is not None and MASTER in slices.kinds(name):
         return slices.read(name, MASTER, start, stop)
     found = weights.find(name)
     if found is None:
-        raise PreflightError(
-            f"resume from {slices.folder.name}", f"has no weights for {name}", "start a new run: launch RECIPE"
-        )
+        raise PreflightError("checkpoint", f"has no weights for {name}", "start a new run: launch RECIPE")
     return found[0].values(found[1], start, stop)
 
 

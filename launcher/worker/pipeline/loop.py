@@ -114,6 +114,8 @@ class PipelinedTrainer(PlannedTrainer):
             self._load_rng_state(resume_from_checkpoint)
             if self.scale is not None and (folder / "loss_scale.json").is_file():
                 self.scale.value, self.scale.good_steps = json.loads((folder / "loss_scale.json").read_text())
+        elif self.plan.recipe.checkpoint.init_from is not None:
+            self._begin_with(Path(self.plan.recipe.checkpoint.init_from))
         self.state.max_steps = self.args.max_steps
         # What the Trainer looks for, should one rank go on from here.
         self.state.train_batch_size = self.args.train_batch_size
