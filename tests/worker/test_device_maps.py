@@ -189,7 +189,12 @@ def test_each_device_is_as_full_as_planned(
     ("settings", "shares", "weights"),
     [
         (("adapter.targets=all-linear",), (0.32, 0.45), "adapter_model.safetensors"),
-        pytest.param(("adapter.type=full", "train.lr=1e-3"), (0.5, 0.7), "model-00001-of-00001.safetensors", marks=pytest.mark.slow),
+        pytest.param(
+            ("adapter.type=full", "train.lr=1e-3"),
+            (0.5, 0.7),
+            "model-00001-of-00001.safetensors",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["lora", "full"],
 )
