@@ -17,8 +17,8 @@ from launcher.families import family
 from launcher.memory import CPU_CONTEXT_BYTES
 from launcher.modelshape.files import cached_snapshot, stored_dtypes
 from launcher.plan import DTYPE_BYTES, Plan, checkpoint_bytes
-from launcher.preflight.devices import devices
 from launcher.preflight.beginning import beginning
+from launcher.preflight.devices import devices
 from launcher.preflight.disk import room
 from launcher.preflight.files import model_files
 from launcher.preflight.finding import Finding, size

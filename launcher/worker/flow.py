@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from launcher.worker.data.batches import StepOrder
+from launcher.worker.pulse import Pulse
 
 if TYPE_CHECKING:
     from launcher.worker.training import PlannedTrainer
@@ -88,3 +89,13 @@ def rounds_without_gain(losses: list[float], min_delta: float) -> int:
         else:
             since += 1
     return since
+
+
+class Beat(TrainerCallback):
+    """The heartbeat of every step."""
+
+    def __init__(self, pulse: Pulse) -> None:
+        self.pulse = pulse
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.pulse.beat("train", state.global_step + 1)

@@ -33,7 +33,7 @@ from launcher.worker.code_trial import Recomputation
 from launcher.worker.data.batches import Batch, StepOrder, WholeSteps, collator
 from launcher.worker.data.tokens import IGNORED
 from launcher.worker.dtensors import local
-from launcher.worker.flow import Epochs, Flow
+from launcher.worker.flow import Beat, Epochs, Flow
 from launcher.worker.loading import find_checkpoint
 from launcher.worker.metrics import Metrics
 from launcher.worker.prepared import Prepared
@@ -364,16 +364,6 @@ def _require_gradient(found: bool) -> None:
         raise NoGradientError(
             "adapter", "every gradient is exactly zero", "check data.max_length and the answers in your data"
         )
-
-
-class Beat(TrainerCallback):
-    """The heartbeat of every step."""
-
-    def __init__(self, pulse: Pulse) -> None:
-        self.pulse = pulse
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.pulse.beat("train", state.global_step + 1)
 
 
 class RankLog(TrainerCallback):
