@@ -192,7 +192,7 @@ def test_each_device_is_as_full_as_planned(
         pytest.param(
             ("adapter.type=full", "train.lr=1e-3"),
             (0.5, 0.7),
-            "model-00001-of-00001.safetensors",
+            "model.safetensors",
             marks=pytest.mark.slow,
         ),
     ],
