@@ -220,12 +220,20 @@ def trust(recipe: str, overrides: tuple[str, ...]) -> None:
     help="0 always takes the likeliest token.",
 )
 @click.option("--step", help="Which checkpoint: a step, `best` or `latest`.")
-def chat(run_dir: str, **options: Any) -> None:
+@click.option(
+    "--device-map", help="Spread the model over the devices of this map; by default those that it was trained on so."
+)
+@click.option(
+    "--context", type=click.IntRange(min=64), help="Under a device map: tokens to have room for, question and answer."
+)
+def chat(run_dir: str, device_map: str | None, context: int | None, **options: Any) -> None:
     """Talk to the model that a run has trained."""
     from launcher.foreground import run_in_foreground
     from launcher.rundir import open_run
 
-    sys.exit(run_in_foreground("chat", open_run(run_dir), options))
+    run = open_run(run_dir)
+    placed = start.chat_placement(run, device_map, context)
+    sys.exit(run_in_foreground("chat", run, options, placed))
 
 
 def _shard_size(_: click.Context, __: click.Parameter, value: str | None) -> str | None:

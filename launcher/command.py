@@ -94,13 +94,18 @@ def rank_environment(devices: Sequence[Device], num_processes: int) -> dict[str,
         "GLOO_SOCKET_IFNAME": "lo",
     }
     if devices[0].kind == "cuda":
-        env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the order of nvidia-smi, which the plan has
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(device.uuid or str(device.index) for device in devices)
+        env |= visible_devices(devices)
     else:
         env["CUDA_VISIBLE_DEVICES"] = ""
         # Threads that wait by spinning make a step twenty times as long where others compute on these cores too.
         env["OMP_WAIT_POLICY"] = "PASSIVE"
     return env
+
+
+def visible_devices(devices: Sequence[Device]) -> dict[str, str]:
+    """The variables by which a process sees these cards, in this order, and no others; their indices are those of nvidia-smi."""
+    seen = ",".join(device.uuid or str(device.index) for device in devices)
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": seen}
 
 
 def _torchrun(plan: Plan, host: str) -> tuple[str, ...]:

@@ -7,16 +7,18 @@ import subprocess
 import sys
 from typing import Any
 
-from launcher.plan import Plan
+from launcher.command import visible_devices
+from launcher.plan import ChatPlan, Plan
 from launcher.rundir import RunDir, read_json
 from launcher.supervise import Supervisor
 
 
-def run_in_foreground(module: str, run: RunDir, options: dict[str, Any]) -> int:
+def run_in_foreground(module: str, run: RunDir, options: dict[str, Any], placed: ChatPlan | None = None) -> int:
     """Run launcher.worker.MODULE on a run directory.
 
     Args:
         options: flags of the program; None leaves one out.
+        placed: where the layers lie, of a model that is spread over several devices.
 
     Raises:
         PreflightError: what the run was prepared with has gone, and cannot be made again.
@@ -34,6 +36,9 @@ def run_in_foreground(module: str, run: RunDir, options: dict[str, Any]) -> int:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_MODULES_CACHE": str(run.module_cache),
     }
+    if placed is not None:
+        flags += ["--placed", placed.model_dump_json()]
+        env |= visible_devices([placed.cluster.devices[stage.device] for stage in placed.stages])
     argv = [sys.executable, "-m", "launcher.worker.foreground", module, str(run.path), *flags]
     with subprocess.Popen(argv, env=env) as process:
         while True:

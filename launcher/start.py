@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, NoReturn
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
-    from launcher.plan import Plan
+    from launcher.plan import ChatPlan, Plan
     from launcher.recipe import LoadedRecipe
     from launcher.rundir import RunDir
+
+_WHAT_IS_HERE = "answer on what is here: leave --device-map out"
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,44 @@ def plan_recipe(asked: Asked, name: str | None = None) -> tuple[LoadedRecipe, Pl
         given = loaded.recipe.strategy.deepspeed
         deepspeed = read_given(given) if given is not None else None
         return loaded, make_plan(name or loaded.name, resolved, cluster, shape, code, device_map, deepspeed)
+
+
+def chat_placement(where: RunDir, named: str | None, context: int | None) -> ChatPlan | None:
+    """Where the layers of a run lie to talk to it: on a device map's cards, or those of the map that it was trained with, where they are
+    here. None without either.
+
+    Raises:
+        UsageError: there is no such device map, or no map at all for a context.
+        DoesNotFitError: the model does not fit on it.
+        PreflightError: its cards are not here, or the host has too little memory for what is kept in it.
+    """
+    from launcher import preflight, show
+    from launcher.cluster import found_on_this_machine, on_this_machine, resolve_cluster
+    from launcher.plan import CONTEXT_TOKENS, chat_plan, read_plan
+    from launcher.recipe.device_maps import load_device_map
+
+    plan = read_plan(where)
+    device_map = load_device_map(named)[1] if named is not None else plan.device_map
+    if device_map is None or (named is None and plan.kind == "cpu"):
+        if context is not None:
+            raise UsageError(
+                f"--context {context}", "is room that a device map is planned with", "add --device-map NAME"
+            )
+        return None
+    cluster = on_this_machine(resolve_cluster(device_map.devices))
+    screen = show.console(stderr=True)
+    chat = chat_plan(plan, cluster, device_map, context or CONTEXT_TOKENS)
+    show.show_chat(screen, chat)
+    needs = [(stage.device, stage.memory_bytes) for stage in chat.stages]
+    findings = [
+        *preflight.placed_cards(cluster, needs, found_on_this_machine(), _WHAT_IS_HERE),
+        *preflight.room_in_host(chat.host_bytes),
+    ]
+    if named is None and any(finding.level == "error" for finding in findings):
+        show.line(screen, "", f"{findings[0].found}: answers come from what is here")
+        return None
+    preflight.require(findings)
+    return chat
 
 
 def new_run_dir(loaded: LoadedRecipe) -> RunDir:

@@ -26,7 +26,7 @@ _FRACTION_OTHERWISE = 0.45
 _BANDWIDTH_FRACTION = 0.75  # of the nominal figure, for reading and writing long tensors
 _LINK_FRACTION = {"nvlink": 0.75, "pcie": 0.5}  # PCIe: consumer cards copy through host memory
 _NETWORK_BYTES_S = 12.5e9  # between hosts, where nothing else is known: 100 Gbit/s
-_PCIE_BYTES_S = 12e9  # to host memory, for what is offloaded
+PCIE_BYTES_S = 12e9  # to host memory, for what is offloaded
 _HOST_BANDWIDTH = 40e9  # bytes/s of an optimizer step in host memory
 # A core with AVX2 or better, as benchmarks/step_time.py measures it: large fp32 products, and copies.
 _CORE_FLOPS, _CORE_BANDWIDTH = 9.0e10, 1.5e10
@@ -93,7 +93,7 @@ def speed_of(device: Device, cluster: Cluster, dtype: str) -> Speed:
     known = card_of(device)
     if known is None:
         basis = f"{device.name} is not in gpus.yaml: {_UNKNOWN_FLOPS / 1e12:.0f} TFLOP/s assumed"
-        link = _PCIE_BYTES_S
+        link = PCIE_BYTES_S
         return Speed(_UNKNOWN_FLOPS * 0.5, _UNKNOWN_BANDWIDTH, link, _SECONDS_PER_OP["cuda"], basis)
     # fp32 runs as tf32 on the tensor cores only where somebody asks for it; the shaders do a quarter of fp16 or less.
     peak = {"bf16": known.bf16 or known.fp16, "fp16": known.fp16}.get(dtype, known.fp16 / 8) * 1e12
@@ -227,7 +227,7 @@ def _optimizer(request: MemoryRequest, speed: Speed) -> float:
     """AdamW reads parameter, gradient and two moments and writes three of them, in fp32; in host memory where it is offloaded."""
     elements = request.trainable_parameters / request.shards
     if request.offload != "none":
-        return elements * (28 / _HOST_BANDWIDTH + 4 / _PCIE_BYTES_S)
+        return elements * (28 / _HOST_BANDWIDTH + 4 / PCIE_BYTES_S)
     return elements * 28 / speed.bandwidth
 
 
@@ -252,7 +252,7 @@ def _communication(request: MemoryRequest, speed: Speed, accumulation: int, comp
     weights = request.shape.num_parameters * request.layer_dtype_bytes
     gathered = ring * 2 * weights + ring * trained
     if request.offload == "parameters":
-        gathered += 2 * weights / num / _PCIE_BYTES_S
+        gathered += 2 * weights / num / PCIE_BYTES_S
     # Forward and backward gather each layer while the one before it computes; a tenth is never hidden.
     return accumulation * (max(gathered - computing, 0.1 * gathered) + 3 * latency)
 

@@ -2,7 +2,7 @@
 
 Pure: no file is read and no device is touched. The plan goes to RUN/plan.json as it is, and the workers read nothing else.
 `model` is what a plan is, `deciding` how it is made, `searching` what is fastest, `deepspeed` DeepSpeed's JSON of it, `remedies` what to
-type when it does not fit, `continuing` what of a checkpoint has to be the same.
+type when it does not fit, `continuing` what of a checkpoint has to be the same, `chatting` where a trained model lies to talk to it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 from launcher.cluster import Cluster
 from launcher.modelshape import ModelShape
+from launcher.plan.chatting import CONTEXT_TOKENS, ChatPlan, chat_plan
 from launcher.plan.continuing import checkpoint_bytes, identity, other_world, what_changed
 from launcher.plan.deciding import Deciding
 from launcher.plan.deepspeed import deepspeed_json, read_given
@@ -23,6 +24,7 @@ from launcher.plan.model import (
     StagePlan,
     budget_bytes,
     lacking_bytes,
+    read_plan,
     steps_per_epoch,
     total_steps,
 )
@@ -33,19 +35,23 @@ from launcher.recipe.device_maps import DeviceMap
 from launcher.remotecode import RemoteCode
 
 __all__ = [
+    "CONTEXT_TOKENS",
     "DTYPE_BYTES",
     "Alternative",
+    "ChatPlan",
     "Decision",
     "Plan",
     "Rehearsal",
     "StagePlan",
     "budget_bytes",
+    "chat_plan",
     "checkpoint_bytes",
     "identity",
     "lacking_bytes",
     "make_plan",
     "other_world",
     "read_given",
+    "read_plan",
     "steps_per_epoch",
     "time_of_rows",
     "total_steps",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from launcher.cluster import Cluster
+from launcher.errors import UsageError
 from launcher.memory import Memory
 from launcher.modelshape import ModelShape
 from launcher.native import Native
@@ -15,6 +16,7 @@ from launcher.placement import Schedule
 from launcher.recipe import Recipe
 from launcher.recipe.device_maps import DeviceMap
 from launcher.remotecode import RemoteCode
+from launcher.rundir import RunDir
 from launcher.steptime import StepTime
 
 Dtype = Literal["bf16", "fp16", "fp32"]
@@ -173,6 +175,22 @@ class Plan(BaseModel):
     def needs_bitsandbytes(self) -> bool:
         """Whether weights or optimizer state are quantised."""
         return self.recipe.model.quantization != "none" or self.recipe.train.optimizer != "adamw"
+
+
+def read_plan(run: RunDir) -> Plan:
+    """The plan of a run directory.
+
+    Raises:
+        UsageError: it is torn, or of another version.
+    """
+    try:
+        return Plan.model_validate_json(run.plan.read_text(encoding="utf-8"))
+    except ValidationError:
+        raise UsageError(
+            f"run {run.path}",
+            "its plan.json is torn, or was written by another version",
+            f"write it again: launch resume {run.path}",
+        ) from None
 
 
 def steps_per_epoch(plan: Plan, num_rows: int) -> int:

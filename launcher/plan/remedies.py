@@ -31,6 +31,8 @@ def does_not_fit(plan: Plan) -> DoesNotFitError:
         f"{plan.memory.total_bytes / GIB:.1f} GiB needed on {where}; "
         f"largest part: {largest} {parts[largest] / GIB:.1f} GiB"
     )
+    if plan.device_map is not None and plan.device_map.spill == "host":
+        found += "; a layer that `spill: host` keeps in host memory gets no gradient, so it can chat and is not trained"
     remedies = _remedies(plan)
     width = max((len(remedy.override) for remedy in remedies), default=0)
     fits = [

@@ -16,10 +16,11 @@
 
 from __future__ import annotations
 
+from launcher.preflight.devices import placed_cards
 from launcher.preflight.environment import environment
 from launcher.preflight.finding import Finding, require
-from launcher.preflight.machine import diagnose
+from launcher.preflight.machine import diagnose, room_in_host
 from launcher.preflight.plan import check
 from launcher.preflight.trial import tried
 
-__all__ = ["Finding", "check", "diagnose", "environment", "require", "tried"]
+__all__ = ["Finding", "check", "diagnose", "environment", "placed_cards", "require", "room_in_host", "tried"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launcher.cluster import GIB, Cluster, Device, same_card, usable_cores
@@ -11,48 +11,82 @@ from launcher.plan import Plan
 from launcher.preflight.finding import Finding
 from launcher.recipe.device_maps import find_device_map
 
+_OTHERWISE = "run on what is here: hardware=auto"
+_END = "end what uses the card (nvidia-smi shows it)"
+
 
 def devices(plan: Plan, found: Cluster) -> Iterator[Finding]:
     """Whether there are as many cards, with as much free memory, and the same ones."""
-    source = plan.cluster.source
-    planned = source if source.startswith("hardware:") else f"hardware: auto ({source})"
     if plan.kind == "cpu":
-        yield Finding("ok", planned, f"{plan.num_processes} ranks on {usable_cores()} cores")
-        return
-    if found.kind == "cpu":
-        text = "this machine has no GPU that nvidia-smi shows"
-        yield Finding("error", planned, text, rehearsal(plan) or "run on what is here: hardware=auto")
-        return
-    if found.num_devices < plan.cluster.num_devices:
-        text = f"{plan.cluster.num_devices} devices planned, {found.num_devices} here"
-        text += f" ({', '.join(device.name for device in found.devices)})" if plan.device_map is not None else ""
-        to_type = f"use what is here: hardware=auto, or add --nproc {found.num_devices}"
-        yield Finding("error", planned, text, rehearsal(plan) or to_type)
-        return
-    for wanted, here, needed in _pairs(plan, found):
-        free = here.memory_bytes - here.reserved_bytes
-        if not same_card(wanted, here):
-            text = f"{here.name} is here instead of {wanted.name}"
-            # Layers are placed for these very cards.
-            level, to_type = ("error", rehearsal(plan)) if plan.stages else ("warning", "")
-            yield Finding(level, planned, text, to_type or "plan for it: hardware=auto")  # type: ignore[arg-type]
-        elif free < needed:
-            text = f"{here.name} has {free / GIB:.1f} GiB free, {needed / GIB:.1f} GiB are planned"
-            free_it = "end what uses the card (nvidia-smi shows it), or "
-            to_type = "say in the device map what others hold of it: reserved=…MiB" if plan.stages else ""
-            yield Finding("error", planned, text, free_it + (to_type or "plan for it: hardware=auto"))
+        yield Finding("ok", _source(plan.cluster), f"{plan.num_processes} ranks on {usable_cores()} cores")
+    elif plan.stages:
+        needs = [(stage.device, stage.memory_bytes) for stage in plan.stages]
+        yield from placed_cards(plan.cluster, needs, found, rehearsal(plan))
+    else:
+        yield from _any_cards(plan, found)
 
 
-def _pairs(plan: Plan, found: Cluster) -> Iterator[tuple[Device, Device, int]]:
-    """Each card that is planned with, the one that is here for it, and the bytes planned on it."""
+def placed_cards(
+    cluster: Cluster, needs: Sequence[tuple[int, int]], found: Cluster, otherwise: str
+) -> Iterator[Finding]:
+    """Whether the cards that layers were placed on are here: these very ones, with as much free memory.
+
+    Args:
+        needs: place in the cluster of each card that is used, and bytes planned on it.
+        otherwise: what to type where they are not.
+    """
+    missing = _missing(cluster, found)
+    if missing is not None:
+        yield Finding("error", _source(cluster), missing, otherwise or _OTHERWISE)
+        return
     by_uuid = {device.uuid: device for device in found.devices if device.uuid is not None}
-    if not plan.stages:
-        for wanted, here in zip(plan.cluster.devices, found.devices, strict=False):
-            yield wanted, here, plan.memory.total_bytes
-    for stage in plan.stages:
-        wanted = plan.cluster.devices[stage.device]
-        here = by_uuid.get(wanted.uuid or "", found.devices[stage.device])
-        yield wanted, here, stage.memory_bytes
+    for place, needed in needs:
+        wanted = cluster.devices[place]
+        here = by_uuid.get(wanted.uuid or "", found.devices[place])
+        if not same_card(wanted, here):
+            another = f"{here.name} is here instead of {wanted.name}"
+            yield Finding("error", _source(cluster), another, otherwise or _OTHERWISE)
+        elif (text := _too_full(here, needed)) is not None:
+            to_type = f"{_END}, or say in the device map what others hold of it: reserved=…MiB"
+            yield Finding("error", _source(cluster), text, to_type)
+
+
+def _any_cards(plan: Plan, found: Cluster) -> Iterator[Finding]:
+    """Whether so many cards are here with as much free memory; another make is a warning."""
+    missing, source = _missing(plan.cluster, found), _source(plan.cluster)
+    if missing is not None:
+        to_type = f"use what is here: hardware=auto, or add --nproc {found.num_devices}"
+        yield Finding("error", source, missing, to_type if found.kind == "cuda" else _OTHERWISE)
+        return
+    for wanted, here in zip(plan.cluster.devices, found.devices, strict=False):
+        if (text := _too_full(here, plan.memory.total_bytes)) is not None:
+            yield Finding("error", source, text, f"{_END}, or plan for it: hardware=auto")
+        elif not same_card(wanted, here):
+            another = f"{here.name} is here instead of {wanted.name}"
+            yield Finding("warning", source, another, "plan for it: hardware=auto")
+
+
+def _source(cluster: Cluster) -> str:
+    """Where the cards of a plan come from, as a key."""
+    return cluster.source if cluster.source.startswith("hardware:") else f"hardware: auto ({cluster.source})"
+
+
+def _missing(cluster: Cluster, found: Cluster) -> str | None:
+    """What there is instead of so many cards; None where there are enough."""
+    if found.kind == "cpu":
+        return "this machine has no GPU that nvidia-smi shows"
+    if found.num_devices < cluster.num_devices:
+        names = ", ".join(device.name for device in found.devices)
+        return f"{cluster.num_devices} devices planned, {found.num_devices} here ({names})"
+    return None
+
+
+def _too_full(here: Device, needed: int) -> str | None:
+    """What is free on a card, where that is less than is planned on it."""
+    free = here.memory_bytes - here.reserved_bytes
+    if free >= needed:
+        return None
+    return f"{here.name} has {free / GIB:.1f} GiB free, {needed / GIB:.1f} GiB are planned"
 
 
 def rehearsal(plan: Plan) -> str:

@@ -70,6 +70,14 @@ def _memory() -> Finding:
     return Finding("ok", "host memory", f"{size(available)} of {size(total)} available")
 
 
+def room_in_host(num_bytes: int) -> Iterator[Finding]:
+    """Whether so much can be kept in host memory; nothing where that is nothing."""
+    available = available_memory_bytes()
+    if num_bytes > available:
+        found = f"{size(num_bytes)} of weights would lie there, {size(available)} are available"
+        yield Finding("error", "host memory", found, "end what else uses it (`free -g`, `top`), or add a card")
+
+
 def _shared_memory(kind: str, num_ranks: int, shm: Path) -> Iterator[Finding]:
     what, wanted = str(shm), _SHM_BYTES_A_RANK * num_ranks
     larger = f"docker run --shm-size={max(1, round(2 * wanted / GIB))}g …  (Kubernetes: an emptyDir of medium Memory)"

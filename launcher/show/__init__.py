@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from launcher.show.checkpoints import show_checkpoints
 from launcher.show.lines import console, line
-from launcher.show.plan import batch, show_code, show_plan, show_stages, show_trust, summary
+from launcher.show.plan import batch, show_chat, show_code, show_plan, show_stages, show_trust, summary
 from launcher.show.run import (
     RunScreen,
     show_changes,
@@ -26,6 +26,7 @@ __all__ = [
     "console",
     "line",
     "show_changes",
+    "show_chat",
     "show_checkpoints",
     "show_code",
     "show_done",

@@ -7,7 +7,8 @@ import json
 from rich.console import Console
 
 from launcher.cluster import GIB
-from launcher.plan import Alternative, Plan, StagePlan, budget_bytes
+from launcher.errors import DoesNotFitError
+from launcher.plan import Alternative, ChatPlan, Plan, StagePlan, budget_bytes, chat_plan
 from launcher.remotecode import RemoteCode, Trusted
 from launcher.show.lines import as_typed, count, gib, line
 
@@ -69,6 +70,11 @@ def show_plan(screen: Console, plan: Plan) -> None:
     line(screen, "time", _step_time(plan))
     for place, other in enumerate(plan.alternatives[1 : 1 + _MOST_OTHERS]):
         line(screen, "instead" if place == 0 else "", _alternative(plan, other))
+    if plan.stages and plan.kind == "cuda":
+        try:
+            show_chat(screen, chat_plan(plan, plan.cluster, plan.device_map))
+        except DoesNotFitError as error:
+            line(screen, "chat", f"{error.found}: {error.to_type}")
     for place, decision in enumerate(plan.decisions):
         line(screen, "why" if place == 0 else "", f"{decision.key} = {decision.value}: {decision.because}")
     line(screen, "model", f"shape from {as_typed(plan.shape.source)}")
@@ -80,6 +86,29 @@ def show_stages(screen: Console, plan: Plan) -> None:
     """The devices of a device map, in the order of the layers; nothing of another plan."""
     for place, stage in enumerate(plan.stages):
         line(screen, "layers" if place == 0 else "", _stage(plan, stage))
+
+
+def show_chat(screen: Console, chat: ChatPlan) -> None:
+    """Where a trained model lies to talk to it, and how much can be said."""
+    where = " · ".join(_chat_stage(chat, stage) for stage in chat.stages)
+    line(screen, "chat", where)
+    most = f", for {chat.longest:,} at most" if chat.longest > chat.context else ""
+    room = f"{gib(chat.cache_bytes)} GiB for {chat.context:,} tokens of question and answer{most}"
+    fetched = f"; layers 0–{chat.in_host - 1} in host memory ({gib(chat.host_bytes)} GiB), fetched for each token"
+    line(screen, "", f"cache {room}; about {chat.tokens_per_second:.2g} tokens/s{fetched if chat.in_host else ''}")
+
+
+def _chat_stage(chat: ChatPlan, stage: StagePlan) -> str:
+    """A device: what lies on it, how full it is."""
+    device = chat.cluster.devices[stage.device]
+    free = device.memory_bytes - device.reserved_bytes
+    return f"{device.name} {', '.join(_parts(stage))} {gib(stage.memory_bytes)} of {gib(free)} GiB"
+
+
+def _parts(stage: StagePlan) -> list[str]:
+    """What of the model lies on a device."""
+    layers = f"layers {stage.first}–{stage.stop - 1}" if stage.stop > stage.first else "no layer"
+    return [*(["embedding"] if stage.embedding else []), layers, *(["norm, head"] if stage.head else [])]
 
 
 def show_code(screen: Console, code: RemoteCode, executed: bool = True) -> None:
@@ -138,12 +167,10 @@ def _stage(plan: Plan, stage: StagePlan) -> str:
     """One device of a device map: how full, which layers, how long a micro batch stays."""
     device = plan.cluster.devices[stage.device]
     bar = _bar(stage.memory_bytes, device.reserved_bytes, device.memory_bytes)
-    layers = f"layers {stage.first}–{stage.stop - 1}" if stage.stop > stage.first else "no layer"
-    parts = [*(["embedding"] if stage.embedding else []), layers, *(["norm, head"] if stage.head else [])]
     again = ", computed again" if stage.recompute else ""
     free = device.memory_bytes - device.reserved_bytes - stage.memory_bytes
     return (
-        f"{device.name:<14} {device.memory_bytes / GIB:4.1f} GiB  {bar}  {', '.join(parts)}{again}  "
+        f"{device.name:<14} {device.memory_bytes / GIB:4.1f} GiB  {bar}  {', '.join(_parts(stage))}{again}  "
         f"{gib(stage.memory_bytes)} GiB, free {gib(free)}  {stage.seconds:.3g} s a micro batch, waits {stage.waits:.0%}"
     )
 

@@ -23,6 +23,7 @@ import torch
 from launcher.compat import BUILT_FIRST
 from launcher.errors import PreflightError
 from launcher.remotecode import RemoteCode, Staged, find_code, read_code, stage
+from launcher.plan import read_plan
 from launcher.rundir import RunDir, read_json, write_json
 from launcher.worker.loading import Trained, chosen_checkpoint, load_trained
 from launcher.worker.original import (
@@ -34,7 +35,7 @@ from launcher.worker.original import (
     shared_and_counted,
     write_original,
 )
-from launcher.worker.prepared import read_plan, read_prepared
+from launcher.worker.prepared import read_prepared
 from launcher.worker.pulse import die_with_parent, first_line
 from launcher.worker.quiet import quiet_libraries
 from launcher.worker.staged import MODEL_CLASSES, load_tokenizer, load_weights

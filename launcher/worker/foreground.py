@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from launcher.errors import InterruptedRunError, LaunchError
+from launcher.plan import read_plan
 from launcher.rundir import RunDir
-from launcher.worker.prepared import read_plan
 from launcher.worker.pulse import die_with_parent
 from launcher.worker.quiet import leave_out_what_is_unused
 

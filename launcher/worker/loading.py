@@ -10,11 +10,14 @@ import torch
 
 from launcher import manifest
 from launcher.errors import UsageError
-from launcher.plan import Plan
+from launcher.families import family
+from launcher.plan import ChatPlan, Plan, read_plan
 from launcher.rundir import RunDir
+from launcher.worker import spread
 from launcher.worker.data.tokens import Prompter
+from launcher.worker.devices import card
 from launcher.worker.model import load_model
-from launcher.worker.prepared import Prepared, read_plan, read_prepared
+from launcher.worker.prepared import Prepared, read_prepared
 from launcher.worker.staged import load_tokenizer
 
 
@@ -33,12 +36,13 @@ class Trained:
         return Prompter(self.tokenizer, self.prepared.template, self.prepared.eos_token_ids)
 
 
-def load_trained(run: RunDir, step: str | None, quantized: bool) -> Trained:
+def load_trained(run: RunDir, step: str | None, quantized: bool, spread_so: ChatPlan | None = None) -> Trained:
     """Load a checkpoint of a run.
 
     Args:
         step: a number, `best`, `latest`; None is best where the recipe stops early, else latest.
         quantized: whether a quantised base stays so.
+        spread_so: the devices that its layers lie on; None for one device.
 
     Raises:
         UsageError: there is no such valid checkpoint.
@@ -46,14 +50,19 @@ def load_trained(run: RunDir, step: str | None, quantized: bool) -> Trained:
     plan = read_plan(run)
     prepared = read_prepared(run)
     folder = chosen_checkpoint(run, plan, step)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if plan.recipe.adapter.type == "full":
-        model = load_model(plan, folder, device, quantized, prepared.code)
-    else:
+    full = plan.recipe.adapter.type == "full"
+    model_dir = str(folder) if full else prepared.model_dir
+    placed: spread.Places = {"": torch.device("cuda" if torch.cuda.is_available() else "cpu")}
+    if spread_so is not None:
+        devices = [card(place) for place in range(len(spread_so.stages))]
+        known = family(plan.shape.family)
+        placed = spread.places(known, spread_so.stages, devices, model_dir, prepared.code, spread_so.in_host)
+    model = load_model(plan, model_dir, placed, quantized, prepared.code)
+    if not full:
         import peft
 
-        base = load_model(plan, prepared.model_dir, device, quantized, prepared.code)
-        model = peft.PeftModel.from_pretrained(base, str(folder))
+        model = peft.PeftModel.from_pretrained(model, str(folder))
+    spread.connect(model, placed)
     model.eval()
     model.config.use_cache = True
     tokenizer = load_tokenizer(prepared.tokenizer_dir, prepared.code)

@@ -7,7 +7,6 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from launcher.errors import UsageError
-from launcher.plan import Plan
 from launcher.remotecode import Staged
 from launcher.rundir import RunDir, read_json, write_json
 
@@ -62,22 +61,6 @@ class Prepared(BaseModel):
     source_dir: str | None = None
     code: Staged | None = None
     cached: tuple[str, ...] = ()
-
-
-def read_plan(run: RunDir) -> Plan:
-    """The plan of a run directory.
-
-    Raises:
-        UsageError: it is torn, or of another version.
-    """
-    try:
-        return Plan.model_validate_json(run.plan.read_text(encoding="utf-8"))
-    except ValidationError:
-        raise UsageError(
-            f"run {run.path}",
-            "its plan.json is torn, or was written by another version",
-            f"write it again: launch resume {run.path}",
-        ) from None
 
 
 def read_prepared(run: RunDir) -> Prepared:

@@ -16,6 +16,8 @@ def quiet_libraries() -> None:
     # "Failed to load CPU gemm_4bit_forward" and "MatMul8bitLt: inputs will be cast": true on every CPU, hundreds of times.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+    # accelerate says that what lies in host memory is on the meta device; so it is meant.
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
     # PEFT warns when it reads its own AdaLoRA file; the weights are right.
     warnings.filterwarnings("ignore", message=".*rank_pattern.*")
     # transformers deprecates names that PEFT and its own Trainer still use.

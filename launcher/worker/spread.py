@@ -30,17 +30,23 @@ _PEFT_PREFIX = "base_model.model."
 
 
 def places(
-    known: Family, stages: Sequence[StagePlan], devices: Sequence[torch.device], folder: str | Path, code: Staged | None
+    known: Family,
+    stages: Sequence[StagePlan],
+    devices: Sequence[torch.device],
+    folder: str | Path,
+    code: Staged | None,
+    in_host: int = 0,
 ) -> dict[str, torch.device]:
     """Where each module of the model in a folder lies, found out on a copy of it without memory.
 
     Args:
         devices: of each stage.
+        in_host: so many of the first layers lie in host memory.
 
     Raises:
         PreflightError: its layers are not where the table of families says.
     """
-    if len(set(devices)) == 1:
+    if len(set(devices)) == 1 and not in_host:
         return {"": devices[0]}
     wanted = {}
     for stage, device in zip(stages, devices, strict=True):
@@ -48,6 +54,7 @@ def places(
         wanted |= {module: device for module in beside if module is not None}
         wanted |= {f"{known.layers}.{layer}": device for layer in range(stage.first, stage.stop)}
         wanted |= {known.norm: device, known.head: device} if stage.head else {}
+    wanted |= {f"{known.layers}.{layer}": torch.device("cpu") for layer in range(in_host)}
     with torch.device("meta"):
         return _completed(wanted, from_config(load_config(folder, code), code), known)
 
@@ -88,7 +95,11 @@ def connect(model: Any, placed: Places) -> Any:
     main = next(device for device in placed.values() if device.type != "cpu")
     keys = getattr(base, "_skip_keys_device_placement", None) or []
     stays = ["logits", *([keys] if isinstance(keys, str) else keys)]
-    dispatch_model(base, dict(placed), main_device=main, skip_keys=stays)
+    fetched = {type(base.get_submodule(name)).__name__ for name, device in placed.items() if device.type == "cpu"}
+    # A layer is fetched as a whole: adapters take weights of others.
+    dispatch_model(
+        base, dict(placed), main_device=main, skip_keys=stays, preload_module_classes=sorted(fetched) or None
+    )
     copies = _Copies()
     for name, device in placed.items():
         if device not in (main, torch.device("cpu")):

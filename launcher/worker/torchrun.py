@@ -13,8 +13,8 @@ import signal
 import sys
 from pathlib import Path
 
+from launcher.plan import read_plan
 from launcher.rundir import WAIT, RunDir, write_json
-from launcher.worker.prepared import read_plan
 from launcher.worker.pulse import die_with_parent, process_start, wait_for_go
 
 # Threads that libraries start when they are imported, numpy's BLAS and Arrow's allocator: a process that has some is not copied.

@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,20 +15,21 @@ from safetensors.torch import load_file
 
 from launcher import supervise
 from launcher.cluster import Cluster, Device, Node
-from launcher.errors import DoesNotFitError, PreflightError
+from launcher.errors import DoesNotFitError, PreflightError, UsageError
 from launcher.families import family
 from launcher.memory import CUDA_CONTEXT_BYTES
 from launcher.modelshape import shape_of, shape_of_config
-from launcher.plan import Plan, StagePlan, make_plan
+from launcher.plan import ChatPlan, Plan, StagePlan, chat_plan, make_plan, read_plan
 from launcher.plan.spreading import ends_together
 from launcher.recipe import load_recipe
 from launcher.recipe.device_maps import DeviceMap
 from launcher.remotecode import planned_code
 from launcher.worker import spread
+from launcher.worker.chat import _room
 from tests import logical_devices
 from tests.test_modelshape import CONFIGS, TINY, real_model
 from tests.worker import old_models
-from tests.worker.conftest import Job
+from tests.worker.conftest import Job, ask
 
 RECIPE = """
 model:
@@ -333,3 +335,69 @@ def test_a_parameter_elsewhere_is_seen_before_the_first_step(make: Make, monkeyp
     found = "model.layers.4.self_attn.q_proj.weight lies on meta, planned is cpu"
     assert spread.what_is_wrong(model, plan, model) == found
     assert "DataParallel" in str(spread.what_is_wrong(model, plan, torch.nn.DataParallel(torch.nn.Linear(1, 1))))
+
+
+LONG = "model.config.max_position_embeddings=4096"
+
+
+class Talk:
+    """A trained run, and what it answers on devices of some sizes."""
+
+    def __init__(self, job: Spread) -> None:
+        self.job = job
+        assert job.start(LONG) == [0], job.logs()
+        self.plan = read_plan(job.run)
+
+    def placed(self, capacities: Sequence[int], context: int, spill: Literal["none", "host"] = "none") -> ChatPlan:
+        self.job.capacities = tuple(capacities)
+        return chat_plan(self.plan, self.job.cluster, DeviceMap(devices=("any",), spill=spill), context)
+
+    def ask(self, prompt: str, placed: ChatPlan | None = None, tokens: int = 12) -> tuple[str, list[int]]:
+        """The answer, and the most memory of every device."""
+        out, pretend = self.job.folder / "said.json", None
+        argv = [str(self.job.folder), "--prompt", prompt, "--max-new-tokens", str(tokens)]
+        if placed is not None:
+            sizes = [self.job.capacities[stage.device] for stage in placed.stages]
+            pretend = {"library": str(self.job.library), "capacities": sizes}
+            argv += ["--placed", placed.model_dump_json()]
+        argument = {"argv": argv, "out": str(out), "devices": len(placed.stages) if placed is not None else 0}
+        codes = ask(self.job.server, function="tests.worker.talking:talk", argument=argument, ranks=1, pretend=pretend)
+        assert codes == [0]
+        answer = json.loads(out.read_text())
+        return answer["said"], answer["peaks"]
+
+
+@pytest.fixture(scope="session")
+def talk(rank_server: Any, long_rows: Path, library: Path, tmp_path_factory: pytest.TempPathFactory) -> Talk:
+    return Talk(Spread(rank_server, long_rows, tmp_path_factory.mktemp("talk") / "run", library))
+
+
+@pytest.mark.parametrize(
+    ("shares", "spill", "words", "in_host"),
+    [((0.7, 0.8), "none", 5, False), ((0.85,), "host", 5, True), ((0.75, 0.8), "none", 400, False)],
+    ids=["two devices", "a part in host memory", "a question in pieces"],
+)
+def test_the_answer_is_that_of_one_device_and_no_device_is_fuller_than_planned(
+    talk: Talk, shares: tuple[float, ...], spill: Literal["none", "host"], words: int, in_host: bool
+) -> None:
+    question = " ".join(f"{number} and" for number in range(words))
+    context = 1120 if words > 100 else 64  # which question and answer nearly fill
+    (whole,) = talk.placed([10**12], context).stages
+    placed = talk.placed([round(share * (whole.memory_bytes - CUDA_CONTEXT_BYTES)) for share in shares], context, spill)
+    assert (len(placed.stages), placed.in_host > 0) == (len(shares), in_host)
+    expected, _ = talk.ask(question)
+    said, peaks = talk.ask(question, placed)
+    assert said == expected
+    assert said.strip()
+    for stage, peak in zip(placed.stages, peaks, strict=True):
+        planned = stage.memory_bytes - CUDA_CONTEXT_BYTES
+        assert planned / 2 < peak <= planned
+
+
+def test_what_is_longer_than_the_planned_cache_is_refused_before_it_is_read(talk: Talk) -> None:
+    placed = talk.placed([10**8, 10**8], 64)
+    options = SimpleNamespace(placed=placed, max_new_tokens=40)
+    _room(list(range(24)), options)
+    with pytest.raises(UsageError, match="25 tokens of question and 40 of answer: there is room for 64") as caught:
+        _room(list(range(25)), options)
+    assert caught.value.to_type == "--context 65, or /new to forget what was said"
