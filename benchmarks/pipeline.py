@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from page import Page, environment
+from ranks import with_script
 
 from launcher.cluster import resolve_cluster
 from launcher.command import node_commands, prepare_command
@@ -141,6 +142,10 @@ def measure(name: str, folder: Path, steps: int) -> list[tuple[object, ...]]:
         override = ["strategy.type=device_map", f"strategy.device_map={file}", f"strategy.pipeline={order}"]
         pipelined = run(work / order, emulated, waits, override)
         wanted = plan.time.total_s
+        if pipelined < wanted:
+            raise SystemExit(
+                f"{name}, {order}: {pipelined:.3f} s a step that waits {wanted:.3f} s: its layers did not wait"
+            )
         theory = rows * sum(stage.seconds for stage in plan.stages) / wanted
         gain = naive / pipelined
         met = gain / theory >= GAIN and abs(pipelined / wanted - 1) <= STEP_TIME
@@ -191,7 +196,7 @@ def run(folder: Path, recipe: Path, waits: list[tuple[float, float]], overrides:
     write_run(plan, where, resuming=False)
     (folder / WAITS).write_text(json.dumps(waits))
     (command,), prepare = node_commands(plan, where), prepare_command(plan, where)
-    start = [*command.argv[:-3], str(Path(__file__).resolve()), str(where.plan)]
+    start = with_script(command, __file__)
     variables = {**environment(), "LAUNCH_CACHE": str(folder.parent / "cache")}
     for argv, env in ((prepare.argv, prepare.env), (start, {**command.env, "OMP_NUM_THREADS": "1"})):
         ended = subprocess.run(argv, env=variables | env, check=False, capture_output=True, text=True)

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from page import Page, environment, seconds
+from ranks import with_script
 
 from launcher.cluster import resolve_cluster
 from launcher.command import node_commands, prepare_command
@@ -107,9 +108,8 @@ def run_case(folder: Path, shape: str, ranks: int, options: argparse.Namespace) 
     (run.path / "options.json").write_text(json.dumps({"rounds": options.rounds, "last": WARM_UP + steps}))
     cache = environment() | {"LAUNCH_CACHE": str(folder / "cache")}
     (command,) = node_commands(plan, run)
-    assert command.argv[-3:] == ("-m", "launcher.worker", str(run.plan)), "how ranks are started has changed"
     prepare = prepare_command(plan, run)
-    ranks_argv = [*command.argv[:-3], str(Path(__file__).resolve()), str(run.plan)]
+    ranks_argv = with_script(command, __file__)
     # Threads of one rank wait for each other by spinning, which on a machine in use drowns everything else.
     ranks_env = command.env | {"OMP_NUM_THREADS": "1"}
     for argv, variables in ((prepare.argv, prepare.env), (ranks_argv, ranks_env)):
@@ -166,6 +166,9 @@ def be_a_rank(plan_path: Path) -> None:
     options, prepared = json.loads((run.path / "options.json").read_text()), read_prepared(run)
     if plan.num_processes > 1:
         dist.init_process_group("gloo")
+    else:  # as the worker does: accelerate would wrap a single rank of torchrun into DDP
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
     rows = load_from_disk(f"{prepared.data_dir}/train")
     base = load_model(plan, prepared.model_dir, torch.device("cpu"), code=prepared.code)
     torch.manual_seed(plan.recipe.train.seed)
