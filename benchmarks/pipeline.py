@@ -23,6 +23,7 @@ import ctypes
 import itertools
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -52,8 +53,9 @@ _PR_SET_TIMERSLACK = 29
 BOXES = {
     "2 even": ("2xRTX 3090", "mistralai/Mistral-7B-v0.1", 512, 8),
     "2 uneven": ("[RTX 3060 Ti 8GiB reserved=921MiB, RTX 3060 12GiB]", "THUDM/chatglm2-6b", 256, 8),
-    "4 even": ("4xRTX 3090", "mistralai/Mistral-7B-v0.1", 512, 16),
-    "4 uneven": ("[RTX 4090, RTX 3090, RTX 3060 12GiB, RTX 3060 Ti]", "mistralai/Mistral-7B-v0.1", 512, 16),
+    "4 even": ("4xRTX 3090", "mistralai/Mistral-7B-v0.1", 1024, 16),
+    "4 even, short": ("4xRTX 3090", "mistralai/Mistral-7B-v0.1", 512, 16),
+    "4 uneven": ("[RTX 4090, RTX 3090, RTX 3060 12GiB, RTX 3060 Ti]", "mistralai/Mistral-7B-v0.1", 1024, 16),
 }
 _PLANNED = """\
 model: {{path: {model}}}
@@ -121,9 +123,9 @@ def main() -> int:
 def measure(name: str, folder: Path, steps: int) -> list[tuple[object, ...]]:
     """A row of the page for each order of a box."""
     cards, model, tokens, rows = BOXES[name]
-    work = folder / name.replace(" ", "-")
+    work = folder / name.replace(", ", "-").replace(" ", "-")
     work.mkdir()
-    (work / "rows.jsonl").write_text("".join(json.dumps({"text": "x" * 40}) + "\n" for _ in range(4 * rows)))
+    write_rows(work / "rows.jsonl", 4 * rows, tokens=16)
     recipe = work / "box.yaml"
     recipe.write_text(_PLANNED.format(model=model, tokens=tokens, rows=rows, cards=cards))
     found: list[tuple[object, ...]] = []
@@ -157,6 +159,14 @@ def measure(name: str, folder: Path, steps: int) -> list[tuple[object, ...]]:
         print(*row, file=sys.stderr, flush=True)
         found.append(row)
     return found
+
+
+def write_rows(path: Path, num: int, tokens: int) -> None:
+    """Rows of random letters, which no tokenizer makes short: all are cut to the longest length there may be."""
+    draw = random.Random(0)
+    letters = "".join(map(chr, range(33, 127)))
+    texts = ["".join(draw.choices(letters, k=3 * tokens)) for _ in range(num)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
 def planned(recipe: Path, *overrides: str) -> Plan:
@@ -283,7 +293,7 @@ def real(folder: Path, steps: int) -> list[tuple[object, ...]]:
     """Layers that compute: one process of one thread, then two."""
     work = folder / "real"
     work.mkdir()
-    (work / "rows.jsonl").write_text("".join(json.dumps({"text": "x" * 400}) + "\n" for _ in range(64)))
+    write_rows(work / "rows.jsonl", 64, tokens=256)
     recipe = work / "real.yaml"
     recipe.write_text(_REAL.format(steps=steps + 3))
     alone = run(work / "naive", recipe, [], [])
