@@ -174,7 +174,7 @@ def be_a_rank(plan_path: Path) -> None:
     torch.manual_seed(plan.recipe.train.seed)
     base = with_adapter(base, plan, plan.recipe.train.max_steps or 0)
     seed, bucketed = plan.recipe.train.seed, plan.batching == "bucketed"
-    order = list(StepOrder(rows["length"][:], plan.global_batch, seed, bucketed))
+    order = [row for row in StepOrder(rows["length"][:], plan.global_batch, seed, bucketed) if row < len(rows)]
     in_order = Dataset.from_dict(rows.select(order).to_dict())
 
     def plain(_: RunDir) -> Trainer:
