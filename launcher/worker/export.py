@@ -22,8 +22,8 @@ import torch
 
 from launcher.compat import BUILT_FIRST
 from launcher.errors import PreflightError
-from launcher.remotecode import RemoteCode, Staged, find_code, read_code, stage
 from launcher.plan import read_plan
+from launcher.remotecode import RemoteCode, Staged, find_code, read_code, stage
 from launcher.rundir import RunDir, read_json, write_json
 from launcher.worker.loading import Trained, chosen_checkpoint, load_trained
 from launcher.worker.original import (
