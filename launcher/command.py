@@ -6,6 +6,8 @@ torchrun.
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import shlex
 import sys
@@ -47,7 +49,8 @@ def node_commands(plan: Plan, run: RunDir) -> tuple[NodeCommand, ...]:
     if plan.backend == "python":
         argv: tuple[str, ...] = (sys.executable, "-m", "launcher.worker", str(run.plan))
     else:
-        argv = (sys.executable, *_torchrun(plan, node.host), str(run.plan))
+        launcher = _deepspeed(plan, node.host) if plan.backend == "deepspeed" else _torchrun(plan, node.host)
+        argv = (sys.executable, *launcher, str(run.plan))
     return (NodeCommand(host=node.host, argv=argv, env=_environment(plan, run), cwd=str(Path.cwd())),)
 
 
@@ -122,6 +125,23 @@ def _torchrun(plan: Plan, host: str) -> tuple[str, ...]:
         "--local-addr=127.0.0.1",
         "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT",  # at SIGTERM ranks save
         "-m",
+        "launcher.worker",
+    )
+
+
+def _deepspeed(plan: Plan, host: str) -> tuple[str, ...]:
+    """The arguments of DeepSpeed's launcher of one node; `launcher.worker.deepspeed` is that launcher, which ends as torchrun does."""
+    world = json.dumps({host: list(range(plan.num_processes))}).encode()
+    return (
+        "-m",
+        "launcher.worker.deepspeed",
+        f"--world_info={base64.urlsafe_b64encode(world).decode()}",
+        "--node_rank=0",
+        "--master_addr=127.0.0.1",
+        f"--master_port={plan.recipe.launch.port or 0}",
+        "--no_local_rank",
+        "--log_level=warning",
+        "--module",
         "launcher.worker",
     )
 

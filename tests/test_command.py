@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import shlex
 from pathlib import Path
 
@@ -39,6 +40,16 @@ def test_ddp_on_eight_cards_is_one_torchrun() -> None:
         "--rdzv-endpoint=127.0.0.1:0 --rdzv-id=alpaca_lora_8xa800 --local-addr=127.0.0.1 "
         "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT -m launcher.worker '/runs/a run/plan.json'"
     )
+
+
+def test_deepspeeds_launcher_is_started_on_the_node_itself() -> None:
+    (command,) = node_commands(plan_of("full_zero3_8xa800", "launch.backend=deepspeed"), RunDir(Path("/r")))
+    world = base64.urlsafe_b64encode(b'{"localhost": [0, 1, 2, 3, 4, 5, 6, 7]}').decode()
+    assert shlex.join(command.argv[1:]) == (
+        f"-m launcher.worker.deepspeed --world_info={world} --node_rank=0 --master_addr=127.0.0.1 --master_port=0 "
+        "--no_local_rank --log_level=warning --module launcher.worker /r/plan.json"
+    )
+    assert command.env["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5,6,7"
 
 
 def test_two_cpu_ranks_see_no_gpu_and_stay_on_loopback() -> None:

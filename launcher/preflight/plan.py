@@ -56,13 +56,6 @@ def _strategy(plan: Plan) -> Iterator[Finding]:
         yield Finding(
             "error", hosts, "this version plans several hosts but starts ranks on one", "leave --hostfile out"
         )
-    if plan.backend == "deepspeed":
-        yield Finding(
-            "error",
-            "launch.backend: deepspeed",
-            "this version starts ranks by torchrun or python",
-            "set launch.backend=torchrun",
-        )
     if plan.shape.remote_code and not plan.recipe.model.trust_remote_code:
         yield Finding(
             "error",

@@ -112,11 +112,6 @@ def _strategy(recipe: Recipe) -> Iterator[Problem]:
             "strategy.type",
             f"{strategy.type} does not spread one model over the devices, a device map does. Set strategy.type=device_map",
         )
-    if launch.backend == "deepspeed" and strategy.type not in ("auto", "zero1", "zero2", "zero3"):
-        yield Problem(
-            "launch.backend",
-            f"deepspeed is for zero1, zero2 and zero3, not {strategy.type}. Set launch.backend=torchrun",
-        )
     if launch.backend == "python" and strategy.type in ("ddp", *SHARDED):
         yield Problem(
             "launch.backend",

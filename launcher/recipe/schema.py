@@ -266,7 +266,10 @@ class Checkpoint(Section):
 class Launch(Section):
     """How the processes are started."""
 
-    backend: Literal["torchrun", "deepspeed", "python"] = Field("torchrun", description="What starts the ranks.")
+    backend: Literal["torchrun", "deepspeed", "python"] = Field(
+        "torchrun",
+        description="What starts the ranks of a node: torchrun, DeepSpeed's launcher, or nothing (one process).",
+    )
     run_dir: str | None = Field(None, description="The run directory; null is runs/<recipe>-<time>.")
     port: Annotated[int, Field(ge=1024, le=65535)] | None = Field(
         None, description="The rendezvous port; null takes a free one."

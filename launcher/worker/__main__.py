@@ -1,4 +1,4 @@
-"""What torchrun starts on every rank: one path, RUN/plan.json, in; a trained model in RUN/checkpoints out.
+"""What torchrun or DeepSpeed's launcher starts on every rank: one path, RUN/plan.json, in; a trained model in RUN/checkpoints out.
 
 Exit codes: 0, the code of a LaunchError, else 1; what happened is in RUN/errors/<rank>.json before this process ends.
 """
@@ -27,14 +27,14 @@ def main(plan_path: str, parent: int | None = None) -> int:
     """Run this rank; its exit code.
 
     Args:
-        parent: pid of who started it; None for torchrun, whose pid is written down, and for the supervisor.
+        parent: pid of who started it; None for the node's launcher, whose pid is written down, and for the supervisor.
     """
     run = RunDir(Path(plan_path).resolve().parent)
-    torchrun = (read_json(run.heartbeats / "node.json") or {}).get("pid")
-    if parent is None and "TORCHELASTIC_RUN_ID" in os.environ:
-        parent = torchrun  # importing this file took half a second, in which it may have ended
+    node = (read_json(run.heartbeats / "node.json") or {}).get("pid")
+    if parent is None and "RANK" in os.environ:
+        parent = node  # importing this file took half a second, in which it may have ended
     die_with_parent(parent)
-    signals.listen({os.getppid(), torchrun})
+    signals.listen({os.getppid(), node})
     pulse = Pulse(run)
     log_to(run.rank_log(socket.gethostname(), pulse.rank))
     faulthandler.enable()
@@ -92,7 +92,7 @@ def train(plan: Plan, run: RunDir, pulse: Pulse) -> None:
 
 
 def _connect(plan: Plan, torch: Any) -> None:
-    """Join the process group that torchrun's variables describe.
+    """Join the process group that the launcher's variables describe.
 
     Raises:
         PreflightError: this rank was started as one of another number than planned.
@@ -105,7 +105,7 @@ def _connect(plan: Plan, torch: Any) -> None:
             "start the run with: launch RECIPE",
         )
     if world_size == 1 and plan.deepspeed is None and plan.pipeline is None:
-        # accelerate wraps even a single rank of torchrun into DDP, which keeps all gradients a second time.
+        # accelerate wraps even a single rank of a launcher into DDP, which keeps all gradients a second time.
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             os.environ.pop(name, None)
     if world_size > 1 or plan.pipeline is not None:

@@ -188,15 +188,6 @@ RULES: list[tuple[Sections, str, str, Sections]] = [
     ),
     *(
         (
-            {"launch": {"backend": "deepspeed"}, "strategy": {"type": name}},
-            "launch.backend",
-            f"deepspeed is for zero1, zero2 and zero3, not {name}. Set launch.backend=torchrun",
-            {"launch": {"backend": "deepspeed"}, "strategy": {"type": "zero2"}},
-        )
-        for name in ("single", "ddp", "fsdp")
-    ),
-    *(
-        (
             {"launch": {"backend": "python"}, "strategy": {"type": name}},
             "launch.backend",
             f"python starts one process, {name} needs one per device. Set launch.backend=torchrun",

@@ -1,0 +1,47 @@
+"""What every node's command begins with, torchrun and DeepSpeed's launcher alike: it ends with the supervisor, says who it is, and leaves
+signals that mean `save` to the ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher.rundir import WAIT, RunDir, write_json
+from launcher.worker.pulse import die_with_parent, process_start
+
+
+def begin(argv: Sequence[str]) -> tuple[RunDir, list[str], bool]:
+    """Become the process that a node's ranks belong to.
+
+    Args:
+        argv: of a launcher, ending with RUN/plan.json and perhaps --wait.
+
+    Returns:
+        The run, argv without --wait, and whether it was there.
+    """
+    die_with_parent()
+    waits = argv[-1] == WAIT
+    argv = list(argv[:-1] if waits else argv)
+    run = RunDir(Path(argv[-1]).resolve().parent)
+    write_json(run.heartbeats / "node.json", {"pid": os.getpid(), "started": process_start(os.getpid())})
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(
+            number, lambda *_: None
+        )  # the ranks' business, also where a scheduler sends them to every process
+    return run, argv, waits
+
+
+def failed(run: RunDir, first: int, exit_codes: dict[int, int]) -> int:
+    """Write down how the ranks of this node ended; the exit code of the first that failed (128 + signal when killed).
+
+    Args:
+        exit_codes: by global rank, negative for a signal.
+    """
+    ranks = {rank: {"exit_code": code} for rank, code in exit_codes.items()}
+    with contextlib.suppress(OSError):  # on a full disk the exit code has to do
+        write_json(run.errors / "node.json", {"first": first, "ranks": ranks})
+    return exit_codes[first] if exit_codes[first] > 0 else 128 - exit_codes[first]
