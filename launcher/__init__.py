@@ -21,12 +21,15 @@
     report       files of a run -> what happened
     processes    started, and ended for certain
     stopping     signals to a launcher, and `launch stop`
+    watching     files of a run -> how it stands now
     supervise    start, follow, stop
     foreground   chat and export, with this terminal
     show/        all of it -> what a person reads
     rehearsal    a plan -> the plan of its rehearsal, on this machine's CPU with a small model
+    background   a launch that goes on without its terminal
     start        recipe and flags -> plan -> a run carried out
-    cli          verbs
+    runs         verbs about runs that are there
+    cli          the other verbs
     worker/      torch side: executes a Plan (prepare, model, adapters, data/, training, checkpoint, metrics, chat, export)
 
 Nothing above `worker/` imports torch or transformers, and nothing imports from `worker/`: it is started, not called.

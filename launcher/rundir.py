@@ -3,7 +3,7 @@
 recipe.yaml        the resolved recipe           plan.json        what the workers read
 deepspeed.json     DeepSpeed's own settings, under zero1, zero2 and zero3
 prepared.json      what prepare left for them    environment.json versions and devices
-commands.txt       every command line started    logs/            <host>-rank<k>.log, <host>-node.log
+commands.txt       every command line started    logs/            <host>-rank<k>.log, <host>-node.log, launcher.log
 events.jsonl       what happened, a line each    errors/          <rank>.json of a rank that failed
 heartbeat/         <rank>.json, pid and phase    tensorboard/     one writer
 checkpoints/       step-N/ with manifest.json    report.json      the end of the story
@@ -115,6 +115,11 @@ class RunDir:
     def module_cache(self) -> Path:
         """What transformers is told is its module cache: a folder that stays empty and read-only."""
         return self.code / "no-module-cache"
+
+    @property
+    def launcher_log(self) -> Path:
+        """What a launcher prints that has no terminal (`--detach`)."""
+        return self.logs / "launcher.log"
 
     def rank_log(self, host: str, rank: int) -> Path:
         return self.logs / f"{host}-rank{rank}.log"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -173,16 +175,19 @@ def rehearse(asked: Asked) -> NoReturn:
     sys.exit(code)
 
 
-def carry_out(resuming: bool, made: Plan, where: RunDir) -> NoReturn:
+def carry_out(resuming: bool, made: Plan, where: RunDir, detach: bool = False) -> NoReturn:
     """Carry a plan out, and end with its exit code."""
-    sys.exit(carried_out(resuming, made, where))
+    sys.exit(carried_out(resuming, made, where, detach))
 
 
-def carried_out(resuming: bool, made: Plan, where: RunDir) -> int:
-    """Check, write the run directory, supervise, say how it ended; the exit code."""
-    from launcher import manifest, preflight, show
-    from launcher.plan import identity
-    from launcher.supervise import Supervisor, continue_from, kept_where_refused, write_run
+def carried_out(resuming: bool, made: Plan, where: RunDir, detach: bool = False) -> int:
+    """Check, make the run directory, supervise, say how it ended; the exit code.
+
+    Args:
+        detach: go on without this terminal; 0 then says that the run has begun.
+    """
+    from launcher import preflight, show
+    from launcher.background import detached
 
     screen = show.console()
     show.line(screen, made.name, show.summary(made))
@@ -194,6 +199,25 @@ def carried_out(resuming: bool, made: Plan, where: RunDir) -> int:
     if made.recipe.launch.run_dir is None and not resuming:
         where = where.claimed()
     where.create()
+    if not detach:
+        return _supervised(resuming, made, where)
+    pid, code = detached(where.launcher_log, functools.partial(_supervised, resuming, made, where))
+    if code == 0:
+        show.show_detached(screen, pid, where.path)
+    return code
+
+
+def _supervised(resuming: bool, made: Plan, where: RunDir, begun: Callable[[], None] = lambda: None) -> int:
+    """Write the run directory, supervise, say how it ended; the exit code.
+
+    Args:
+        begun: called when everything is written down and ranks are next.
+    """
+    from launcher import manifest, show
+    from launcher.plan import identity
+    from launcher.supervise import Supervisor, continue_from, kept_where_refused, write_run
+
+    screen = show.console()
     with where.locked():
         if resuming:
             chosen, skipped = manifest.newest_valid(where, identity(made))
@@ -203,12 +227,50 @@ def carried_out(resuming: bool, made: Plan, where: RunDir) -> int:
         screen_of_run = show.RunScreen(screen, made)
         with kept_where_refused(where), contextlib.closing(screen_of_run):
             write_run(made, where, resuming)
+            begun()
             outcome = Supervisor(made, where, screen_of_run).carry_out()
         if outcome.failure is None:
-            show.show_done(screen, made, outcome, where.path)
+            show.show_done(screen, made, outcome.story, where.path)
         else:
             newest, _ = manifest.newest_valid(where)
             show.show_failure(
                 show.console(stderr=True), outcome.failure, where.path, newest.folder.name if newest else None
             )
     return outcome.exit_code
+
+
+def attach(where: RunDir, typed: str) -> int:
+    """Show a run that is being trained until it ends, as its own launcher shows it; its exit code.
+
+    Raises:
+        UsageError: nobody works there.
+    """
+    from launcher import manifest, show
+    from launcher.plan import read_plan
+    from launcher.watching import follow, story
+
+    if where.owner() is None:
+        raise UsageError(f"attach {typed}", "no launcher works there", f"see how it ended: launch report {typed}")
+    made, screen = read_plan(where), show.console()
+    show.line(screen, made.name, show.summary(made))
+    screen_of_run = show.RunScreen(screen, made)
+    try:
+        with contextlib.closing(screen_of_run):
+            follow(where, screen_of_run)
+    except KeyboardInterrupt:
+        show.show_left(screen, where.path)
+        return 0
+    told = story(where)
+    if told is None:
+        raise UsageError(
+            f"attach {typed}", "its launcher ended without a word", f"go on with it: launch resume {typed}"
+        )
+    numbers, failure, exit_code = told
+    if failure is not None:
+        newest, _ = manifest.newest_valid(where)
+        show.show_failure(show.console(stderr=True), failure, where.path, newest.folder.name if newest else None)
+    elif exit_code:
+        show.show_stopped(screen, where.path, manifest.folders(where))
+    else:
+        show.show_done(screen, made, numbers, where.path)
+    return exit_code

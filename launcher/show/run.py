@@ -17,10 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from launcher.manifest import Verdict
 from launcher.plan import Plan, steps_per_epoch, time_of_rows, total_steps
 from launcher.preflight import Finding
-from launcher.report import Answer, Failure, last_lines, predicted_speed
+from launcher.report import Answer, Failure, Numbers, last_lines, predicted_speed
 from launcher.rundir import RunDir
 from launcher.show.lines import LABEL, as_typed, count, duration, gib, line
-from launcher.supervise import Outcome
 
 _BEGINNING = 56  # letters of an answer
 
@@ -185,9 +184,9 @@ class RunScreen:
             line(self.screen, label, text)
 
 
-def show_done(screen: Console, plan: Plan, outcome: Outcome, run: Path) -> None:
+def show_done(screen: Console, plan: Plan, story: Numbers, run: Path) -> None:
     """The last lines of a run that worked: what came of it and what to type next."""
-    story, shown = outcome.story, as_typed(str(run))
+    shown = as_typed(str(run))
     parts = []
     if story.loss_first is not None and story.loss_last is not None:
         parts.append(f"loss {story.loss_first:.2f} → {story.loss_last:.2f}")
