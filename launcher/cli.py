@@ -80,6 +80,10 @@ def asks_for_a_plan(verb: Callable[..., None]) -> Callable[..., None]:
         "--hostfile", help="Hosts and their slots, in DeepSpeed's format; `hardware` is then what each host has."
     )
     @click.option(
+        "--include", metavar="HOSTS", help="Only these hosts and slots of the hostfile, such as node-a@node-b:0,2."
+    )
+    @click.option("--exclude", metavar="HOSTS", help="All of the hostfile but these hosts and slots.")
+    @click.option(
         "--device-map", help="Spread one model over the devices of this map; without a recipe run the one it names."
     )
     @functools.wraps(verb)
@@ -91,7 +95,8 @@ def asks_for_a_plan(verb: Callable[..., None]) -> Callable[..., None]:
         device_map: str | None,
         **others: Any,
     ) -> None:
-        verb(start.asked(recipe, overrides, Where(nproc, hostfile, device_map)), **others)
+        where = Where(nproc, hostfile, device_map, others.pop("include"), others.pop("exclude"))
+        verb(start.asked(recipe, overrides, where), **others)
 
     return asked
 

@@ -28,6 +28,8 @@ class Where:
     nproc: int | None = None
     hostfile: str | None = None
     device_map: str | None = None
+    include: str | None = None
+    exclude: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def plan_recipe(asked: Asked, name: str | None = None) -> tuple[LoadedRecipe, Pl
             # The devices of the map, unless somebody asks for others on the command line.
             if "hardware" not in loaded.document.from_command_line:
                 hardware = device_map.devices
-        cluster = resolve_cluster(hardware, where.nproc, where.hostfile)
+        cluster = resolve_cluster(hardware, where.nproc, where.hostfile, where.include, where.exclude)
         if device_map is not None and cluster.num_nodes == 1:
             cluster = on_this_machine(cluster)
         shape = shape_of(loaded.recipe.model, loaded.document.folder)
