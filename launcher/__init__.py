@@ -3,6 +3,7 @@
     errors       every error a person can cause, and its exit code
     rundir       the name of every file in a run directory
     manifest     the commit marker of a checkpoint; which one is valid
+    processes    what is started on a node, and ended for certain
     recipe/      YAML -> checked, frozen Recipe
     cluster/     hardware -> nodes and devices                    (gpus.yaml)
     families     model families and prompt templates              (families.yaml)
@@ -19,7 +20,9 @@
     command      Plan -> what each node starts
     preflight/   Plan and this machine -> findings
     report       files of a run -> what happened
-    processes    started, and ended for certain
+    agent        on every node of several: looks around, starts, ends
+    nodes        the nodes of a run: started, followed, ended
+    handshake    several nodes: each as this one? where do they meet?
     stopping     signals to a launcher, and `launch stop`
     watching     files of a run -> how it stands now
     supervise    start, follow, stop

@@ -9,7 +9,7 @@ import re
 import shutil
 import signal
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +69,15 @@ def first_failure(run: RunDir, plan: Plan, node_exit_code: int) -> Failure:
     """Who failed first. Call it for a run whose node command ended with a code other than 0."""
     errors = {int(path.stem): read_json(path) for path in run.errors.glob("[0-9]*.json")}
     errors = {rank: error for rank, error in errors.items() if error}
-    node = (read_json(run.errors / "node.json") or {}).get("ranks") or {}
-    ended = {int(rank): int(end["exit_code"]) for rank, end in node.items()}
+    nodes = [read_json(path) or {} for path in run.errors.glob("node*.json")]
+    ended = {int(rank): int(end["exit_code"]) for node in nodes for rank, end in (node.get("ranks") or {}).items()}
     if not ended and plan.backend == "python" and read_json(run.heartbeat(0)):
         ended = {0: node_exit_code}  # a single process without torchrun above it
     causes = {rank: error for rank, error in errors.items() if not _is_echo(error)}
+    lost = next((node for node in nodes if "lost" in node), None)
+    if lost is not None and not causes:
+        cause = f"the connection to {lost['host']} is lost: {lost['lost']}"
+        return replace(_no_rank(run, plan, node_exit_code), host=lost["host"], time=lost["time"], cause=cause)
     silent = _silent(run, ended, errors, causes)
     if silent:
         rank = min(silent, key=lambda r: _last_beat(run, r).get("time", 0.0))

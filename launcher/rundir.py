@@ -4,12 +4,13 @@ recipe.yaml        the resolved recipe           plan.json        what the worke
 deepspeed.json     DeepSpeed's own settings, under zero1, zero2 and zero3
 prepared.json      what prepare left for them    environment.json versions and devices
 commands.txt       every command line started    logs/            <host>-rank<k>.log, <host>-node.log, launcher.log
-events.jsonl       what happened, a line each    errors/          <rank>.json of a rank that failed
+events.jsonl       what happened, a line each    errors/          <rank>.json of a rank that failed, node<k>.json: how they ended
 heartbeat/         <rank>.json, pid and phase    tensorboard/     one writer
 checkpoints/       step-N/ with manifest.json    report.json      the end of the story
 export/            merged weights                run.lock         held while a launcher works here
 save-now           made by anybody: a checkpoint when this step is done
 stop-now           the same, and then the end
+prepared-node<k>.json  the same as prepared.json for another node, where there are several
 code/              <sha256>/: the model's own .py files, read-only
 """
 
@@ -106,6 +107,26 @@ class RunDir:
     def rehearsal_rows(self) -> Path:
         """What a rehearsal learns where the recipe's rows are not here."""
         return self.path / "rehearsal-rows.json"
+
+    @property
+    def word(self) -> Path:
+        """What the launcher of several nodes writes, and every node answers by `word_of`: that they see the same directory."""
+        return self.path / ".word"
+
+    def word_of(self, node: int) -> Path:
+        return self.path / f".word-{node}"
+
+    def prepared_on(self, node: int) -> Path:
+        """What prepare left for the ranks of a node; the first one's, or one with its own disks."""
+        return self.path / f"prepared-node{node}.json" if node else self.prepared
+
+    def node_heartbeat(self, node: int) -> Path:
+        """Of the process that the ranks of a node belong to."""
+        return self.heartbeats / f"node{node}.json"
+
+    def node_error(self, node: int) -> Path:
+        """How the ranks of a node ended, or why it was lost."""
+        return self.errors / f"node{node}.json"
 
     @property
     def code(self) -> Path:

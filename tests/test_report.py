@@ -38,7 +38,7 @@ class Scene:
             told = {"device": "cpu", "type": "ValueError", "message": "", "traceback": "", "exit_code": 1, **error}
             write_json(self.run.error(rank), {**identity, **told})
         if code is not None:
-            node = self.run.errors / "node.json"
+            node = self.run.node_error(0)
             ranks = json.loads(node.read_text())["ranks"] if node.exists() else {}
             write_json(node, {"ranks": {**ranks, str(rank): {"exit_code": code, "time": 0, "pid": 1}}})
 

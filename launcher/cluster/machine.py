@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,6 +108,20 @@ def _number(file: Path) -> int | None:
     """The number in such a file; None where it is not there or says `max`."""
     text = _read(file).strip()
     return int(text) if text.isdigit() else None
+
+
+def is_here(host: str) -> bool:
+    """Whether a name or address of a hostfile is this machine's. No name server is asked: ssh would lead here too."""
+    bare = host.rpartition("@")[2].strip("[]")
+    own = socket.gethostname()
+    if bare in ("localhost", "127.0.0.1", "::1", own, own.partition(".")[0]):
+        return True
+    family = socket.AF_INET6 if ":" in bare else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError, ValueError):
+        if re.fullmatch(r"[\d.]+|[\da-fA-F:]+", bare):
+            probe.bind((bare, 0))
+            return True
+    return False
 
 
 def usable_cores() -> int:

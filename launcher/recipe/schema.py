@@ -263,6 +263,18 @@ class Checkpoint(Section):
     )
 
 
+class Ssh(Section):
+    """How other hosts are reached; what is left out is as ~/.ssh/config says."""
+
+    user: str | None = Field(None, pattern=r"^[A-Za-z_][\w.-]*$", description="The user on the other hosts.")
+    port: Annotated[int, Field(ge=1, le=65535)] | None = Field(None, description="The port of their sshd.")
+    key: str | None = Field(None, min_length=1, description="The file of the private key.")
+    python: str | None = Field(
+        None, min_length=1, description="The Python there that has this launcher; null is the path of the one here."
+    )
+    timeout_s: PositiveInt = Field(10, description="How long a connection may take.")
+
+
 class Launch(Section):
     """How the processes are started."""
 
@@ -277,6 +289,7 @@ class Launch(Section):
     max_restarts: Annotated[int, Field(ge=0)] = Field(
         0, description="How often a failed run is started again from its newest checkpoint."
     )
+    ssh: Ssh = Field(Ssh(), description="How other hosts are reached.")
 
 
 class Recipe(Section):

@@ -81,6 +81,17 @@ class RunScreen:
             self.progress.stop()
             self.progress = None
 
+    def _nodes(self, event: dict[str, Any]) -> None:
+        rows = event["nodes"]
+        host, address = (max(len(row[key]) for row in rows) for key in ("host", "address"))
+        for place, row in enumerate(rows):
+            cells = f"{row['host']:<{host}}   {row['slots']} × {row['device']}   {row['address']:<{address}} on {row['interface']}"
+            clock = (
+                f"clock {row['clock']:+.1f} s{': set it, or times in the logs mislead' if row['clock_is_off'] else ''}"
+            )
+            same = f"torch {row['torch']}, same code, run directory shared"
+            line(self.screen, "" if place else "nodes", f"{cells}   {same}   {clock}")
+
     def _prepare(self, event: dict[str, Any]) -> None:
         if event.get("total") and self.screen.is_terminal:
             unit = "weight files" if event["what"] == "native" else "rows"

@@ -20,7 +20,7 @@ from launcher.plan import Plan
 from launcher.rundir import WAIT, RunDir, append_event, read_json
 from launcher.worker import signals
 from launcher.worker.prepared import read_prepared
-from launcher.worker.pulse import Pulse, die_with_parent, log_to, wait_for_go
+from launcher.worker.pulse import Pulse, die_with_parent, log_to, own_node, wait_for_go
 
 
 def main(plan_path: str, parent: int | None = None) -> int:
@@ -30,7 +30,7 @@ def main(plan_path: str, parent: int | None = None) -> int:
         parent: pid of who started it; None for the node's launcher, whose pid is written down, and for the supervisor.
     """
     run = RunDir(Path(plan_path).resolve().parent)
-    node = (read_json(run.heartbeats / "node.json") or {}).get("pid")
+    node = (read_json(run.node_heartbeat(own_node())) or {}).get("pid")
     if parent is None and "RANK" in os.environ:
         parent = node  # importing this file took half a second, in which it may have ended
     die_with_parent(parent)
@@ -40,7 +40,7 @@ def main(plan_path: str, parent: int | None = None) -> int:
     faulthandler.enable()
     pulse.beat("import")
     plan = Plan.model_validate_json(run.plan.read_text(encoding="utf-8"))
-    device_name = _device_name(plan, pulse.local_rank)
+    device_name = _device_name(plan, pulse.rank)
     try:
         train(plan, run, pulse)
     except Exception as error:  # noqa: BLE001 - everything ends here: it is written down, reported first and turned into an exit code
@@ -70,7 +70,7 @@ def train(plan: Plan, run: RunDir, pulse: Pulse) -> None:
         torch.accelerator.set_device_index(device)
     _connect(plan, torch)
     pulse.beat("load")
-    prepared = read_prepared(run)
+    prepared = read_prepared(run, own_node())
     rows = _rows(prepared.data_dir)
     if plan.pipeline is not None:
         from launcher.worker.pipeline.loop import pipelined_trainer
@@ -116,12 +116,12 @@ def _connect(plan: Plan, torch: Any) -> None:
         connect()
 
 
-def _device_name(plan: Plan, local_rank: int) -> str:
+def _device_name(plan: Plan, rank: int) -> str:
     """What a rank computes on, in words."""
     devices = plan.cluster.devices
     if plan.stages and plan.num_processes == 1:
         return " + ".join(devices[stage.device].name for stage in plan.stages)
-    return devices[plan.device_of(local_rank)].name
+    return devices[plan.device_of(rank)].name
 
 
 def _rows(data_dir: str) -> dict[str, Any]:

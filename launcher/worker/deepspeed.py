@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
 
     def start(command: list[str], env: dict[str, str], **streams: Any) -> subprocess.Popen[bytes]:
         env["LOCAL_WORLD_SIZE"] = env["LOCAL_SIZE"]  # torch's and accelerate's name for it
+        env["GROUP_RANK"] = str(node.rank_of(argv))  # torchrun's name for it
         env["CUDA_VISIBLE_DEVICES"] = os.environ[
             "CUDA_VISIBLE_DEVICES"
         ]  # the plan's, which the launcher has counted anew from 0
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> int:
     except SystemExit as ended:
         codes = {rank: process.returncode for rank, process in ranks.items() if process.returncode}
         firsts = [rank for rank, code in codes.items() if code == ended.code]
-        return node.failed(run, firsts[0], codes) if firsts else 1
+        return node.failed(run, node.rank_of(argv), firsts[0], codes) if firsts else 1
     return 0
 
 

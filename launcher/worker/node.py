@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,8 @@ def begin(argv: Sequence[str]) -> tuple[RunDir, list[str], bool]:
     waits = argv[-1] == WAIT
     argv = list(argv[:-1] if waits else argv)
     run = RunDir(Path(argv[-1]).resolve().parent)
-    write_json(run.heartbeats / "node.json", {"pid": os.getpid(), "started": process_start(os.getpid())})
+    rank = rank_of(argv)
+    write_json(run.node_heartbeat(rank), {"pid": os.getpid(), "started": process_start(os.getpid()), "node": rank})
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(
             number, lambda *_: None
@@ -35,13 +37,20 @@ def begin(argv: Sequence[str]) -> tuple[RunDir, list[str], bool]:
     return run, argv, waits
 
 
-def failed(run: RunDir, first: int, exit_codes: dict[int, int]) -> int:
+def rank_of(argv: Sequence[str]) -> int:
+    """The number of this node, from either launcher's arguments; 0 where there is no other."""
+    found = (re.fullmatch(r"--node[-_]rank=(\d+)", word) for word in argv)
+    return next((int(match[1]) for match in found if match), 0)
+
+
+def failed(run: RunDir, rank: int, first: int, exit_codes: dict[int, int]) -> int:
     """Write down how the ranks of this node ended; the exit code of the first that failed (128 + signal when killed).
 
     Args:
+        rank: of this node.
         exit_codes: by global rank, negative for a signal.
     """
     ranks = {rank: {"exit_code": code} for rank, code in exit_codes.items()}
     with contextlib.suppress(OSError):  # on a full disk the exit code has to do
-        write_json(run.errors / "node.json", {"first": first, "ranks": ranks})
+        write_json(run.node_error(rank), {"first": first, "ranks": ranks})
     return exit_codes[first] if exit_codes[first] > 0 else 128 - exit_codes[first]

@@ -44,6 +44,7 @@ class Pulse:
             "pid": os.getpid(),
             "started": process_start(os.getpid()),
             "host": socket.gethostname(),
+            "node": own_node(),
             "rank": self.rank,
         }
 
@@ -88,6 +89,11 @@ class Pulse:
         with contextlib.suppress(OSError):  # on a full disk the exit code has to do
             write_json(self.run.error(self.rank), told)
         return exit_code
+
+
+def own_node() -> int:
+    """The number of this rank's node, from torchrun's variables."""
+    return int(os.environ.get("GROUP_RANK", "0"))
 
 
 def process_start(pid: int) -> int:

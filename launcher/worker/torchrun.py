@@ -1,5 +1,6 @@
-"""torchrun, with two files more: errors/node.json says how each rank ended, because torchrun's own exit code is always 1, and
-heartbeat/node.json which process the ranks belong to. On a CPU its ranks are copies of a fork server, which imports for all of them.
+"""torchrun, with two files more: errors/node<k>.json says how each rank ended, because torchrun's own exit code is always 1, and
+heartbeat/node<k>.json which process the ranks of node k belong to. On a CPU its ranks are copies of a fork
+server, which imports for all of them.
 
 Takes torchrun's command line, which ends with RUN/plan.json, and perhaps --wait behind it: loading torchrun takes more than a second, which
 the supervisor uses to prepare the node, and then says when to start the ranks.
@@ -42,7 +43,9 @@ def main(argv: list[str]) -> int:
         torchrun(argv)
     except ChildFailedError as error:
         first, _ = error.get_first_failure()
-        return node.failed(run, first, {rank: failure.exitcode for rank, failure in error.failures.items()})
+        return node.failed(
+            run, node.rank_of(argv), first, {rank: failure.exitcode for rank, failure in error.failures.items()}
+        )
     return 0
 
 

@@ -151,7 +151,7 @@ def test_when_torchrun_is_killed_it_is_named_and_no_rank_is_left(
 ) -> None:
     started = launch.start(recipe, "--run-dir", "run", "train.max_steps=100000")
     started.wait_for_event(tmp_path / "run", "save")
-    node = read_json(RunDir(tmp_path / "run").heartbeats / "node.json")
+    node = read_json(RunDir(tmp_path / "run").node_heartbeat(0))
     os.kill(node["pid"], signal.SIGKILL)
 
     assert started.process.wait(20) == 128 + signal.SIGKILL
