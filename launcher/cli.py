@@ -61,9 +61,20 @@ def cli() -> None:
 for about_runs in VERBS:
     cli.add_command(about_runs)
 
-nproc_option = click.option(
-    "--nproc", type=click.IntRange(min=1), help="Number of processes, where not all devices are wanted."
-)
+
+def on_devices(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb the flags that say on which hosts and devices it works."""
+    hosts = "Hosts and their slots, in DeepSpeed's format; `hardware` is then what each host has."
+    for flag, more in (
+        ("--exclude", {"metavar": "HOSTS", "help": "All of the hostfile but these hosts and slots."}),
+        ("--include", {"metavar": "HOSTS", "help": "Only these, as in node-a@node-b:0,2."}),
+        ("--hostfile", {"help": hosts}),
+        ("--nproc", {"type": click.IntRange(min=1), "help": "Number of processes, where not all devices are wanted."}),
+    ):
+        verb = click.option(flag, **more)(verb)
+    return verb
+
+
 overrides_argument = click.argument("overrides", nargs=-1, metavar="[key.path=value]…")
 detach_option = click.option(
     "--detach", is_flag=True, help="Go on without this terminal; come back with: launch attach RUN"
@@ -75,28 +86,14 @@ def asks_for_a_plan(verb: Callable[..., None]) -> Callable[..., None]:
 
     @click.argument("recipe", required=False)
     @overrides_argument
-    @nproc_option
-    @click.option(
-        "--hostfile", help="Hosts and their slots, in DeepSpeed's format; `hardware` is then what each host has."
-    )
-    @click.option(
-        "--include", metavar="HOSTS", help="Only these hosts and slots of the hostfile, such as node-a@node-b:0,2."
-    )
-    @click.option("--exclude", metavar="HOSTS", help="All of the hostfile but these hosts and slots.")
+    @on_devices
     @click.option(
         "--device-map", help="Spread one model over the devices of this map; without a recipe run the one it names."
     )
     @functools.wraps(verb)
-    def asked(
-        recipe: str | None,
-        overrides: tuple[str, ...],
-        nproc: int | None,
-        hostfile: str | None,
-        device_map: str | None,
-        **others: Any,
-    ) -> None:
-        where = Where(nproc, hostfile, device_map, others.pop("include"), others.pop("exclude"))
-        verb(start.asked(recipe, overrides, where), **others)
+    def asked(recipe: str | None, overrides: tuple[str, ...], **given: Any) -> None:
+        where = Where(**{name: given.pop(name) for name in Where.__dataclass_fields__})
+        verb(start.asked(recipe, overrides, where), **given)
 
     return asked
 
@@ -134,15 +131,14 @@ def run(asked: Asked, run_dir: str | None, dry_run: bool, rehearse: bool, detach
 @cli.command()
 @run_argument
 @overrides_argument
-@nproc_option
+@on_devices
 @detach_option
-def resume(run_dir: str, overrides: tuple[str, ...], nproc: int | None, detach: bool) -> None:
-    """Go on from the newest valid checkpoint of a run."""
+def resume(run_dir: str, overrides: tuple[str, ...], detach: bool, **devices: Any) -> None:
+    """Go on from the newest valid checkpoint of a run, on the same hosts unless others are named."""
     from launcher.rundir import open_run
 
     where = open_run(run_dir)
-    asked = Asked(str(where.recipe), overrides, Where(nproc))
-    _, plan = start.plan_recipe(asked, name=start.name_of(where))
+    _, plan = start.plan_recipe(Asked(str(where.recipe), overrides, Where(**devices)), before=where)
     start.carry_out(True, plan, where, detach)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
+    from launcher.cluster import Cluster
     from launcher.plan import ChatPlan, Plan
     from launcher.recipe import LoadedRecipe
     from launcher.rundir import RunDir
@@ -67,8 +68,12 @@ def asked(recipe: str | None, overrides: tuple[str, ...], where: Where) -> Asked
     return Asked(recipe or str(path.parent / str(device_map.recipe)), (*spread, *overrides), where)
 
 
-def plan_recipe(asked: Asked, name: str | None = None) -> tuple[LoadedRecipe, Plan]:
-    """Recipe file and overrides -> checked recipe -> plan."""
+def plan_recipe(asked: Asked, before: RunDir | None = None) -> tuple[LoadedRecipe, Plan]:
+    """Recipe file and overrides -> checked recipe -> plan.
+
+    Args:
+        before: the run that is gone on with: it keeps its name, and its hosts where it had several and none are asked for.
+    """
     from launcher.cluster import on_this_machine, resolve_cluster
     from launcher.modelshape import shape_of
     from launcher.plan import make_plan, read_given
@@ -85,7 +90,11 @@ def plan_recipe(asked: Asked, name: str | None = None) -> tuple[LoadedRecipe, Pl
             # The devices of the map, unless somebody asks for others on the command line.
             if "hardware" not in loaded.document.from_command_line:
                 hardware = device_map.devices
-        cluster = resolve_cluster(hardware, where.nproc, where.hostfile, where.include, where.exclude)
+        cluster = None
+        if before is not None and where == Where() and "hardware" not in loaded.document.from_command_line:
+            cluster = hosts_of(before)
+        if cluster is None:
+            cluster = resolve_cluster(hardware, where.nproc, where.hostfile, where.include, where.exclude)
         if device_map is not None and cluster.num_nodes == 1:
             cluster = on_this_machine(cluster)
         shape = shape_of(loaded.recipe.model, loaded.document.folder)
@@ -95,7 +104,20 @@ def plan_recipe(asked: Asked, name: str | None = None) -> tuple[LoadedRecipe, Pl
         resolved = loaded.recipe.model_copy(update={"model": model})
         given = loaded.recipe.strategy.deepspeed
         deepspeed = read_given(given) if given is not None else None
-        return loaded, make_plan(name or loaded.name, resolved, cluster, shape, code, device_map, deepspeed)
+        name = name_of(before) if before is not None else loaded.name
+        return loaded, make_plan(name, resolved, cluster, shape, code, device_map, deepspeed)
+
+
+def hosts_of(run: RunDir) -> Cluster | None:
+    """The hosts of a run that had several; None for one host, and where its plan cannot be read any more."""
+    from launcher.cluster import Cluster
+    from launcher.rundir import read_json
+
+    before = (read_json(run.plan) or {}).get("cluster") or {}
+    with contextlib.suppress(ValueError):  # written by another version
+        cluster = Cluster.model_validate(before)
+        return cluster if cluster.num_nodes > 1 else None
+    return None
 
 
 def chat_placement(where: RunDir, named: str | None, context: int | None) -> ChatPlan | None:

@@ -57,9 +57,10 @@ class Host:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         return int(children[0])
 
-    def inside(self, argv: Sequence[str]) -> list[str]:
-        """The command that runs another one on this host."""
-        return ["nsenter", "--target", str(self.init), "--mount", "--uts", "--ipc", "--net", "--pid", "--", *argv]
+    def inside(self, argv: Sequence[str], folder: Path = Path("/")) -> list[str]:
+        """The command that runs another one on this host, in a folder."""
+        enter = ["nsenter", "--target", str(self.init), "--mount", "--uts", "--ipc", "--net", "--pid"]
+        return [*enter, "--", "env", f"--chdir={folder}", *argv]
 
     def processes(self) -> set[int]:
         """The pids, as this machine counts, of everything on the host but its sshd: what is started there, by whom ever."""
