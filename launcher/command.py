@@ -41,7 +41,7 @@ def node_commands(plan: Plan, run: RunDir, rendezvous: Rendezvous | None = None)
     Args:
         rendezvous: of several nodes; without it they show the first host's name and `launch.port`.
     """
-    if plan.cluster.num_nodes > 1 and rendezvous is None:
+    if by_agents(plan) and rendezvous is None:
         rendezvous = Rendezvous(plan.cluster.nodes[0].host, plan.recipe.launch.port or 29500)
     return tuple(_node_command(plan, run, rendezvous, rank) for rank in range(plan.cluster.num_nodes))
 
@@ -70,6 +70,11 @@ def _interface(rendezvous: Rendezvous, node_rank: int) -> dict[str, str]:
     if "NCCL_SOCKET_IFNAME" not in os.environ:  # with = it is that interface, without all whose names begin so
         own["NCCL_SOCKET_IFNAME"] = f"={rendezvous.interfaces[node_rank]}"
     return own
+
+
+def by_agents(plan: Plan) -> bool:
+    """Whether its nodes are reached through agents: several, or one that is another machine."""
+    return plan.cluster.num_nodes > 1 or not is_here(plan.cluster.nodes[0].host)
 
 
 def python_on(plan: Plan, host: str) -> str:

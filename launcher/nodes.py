@@ -128,7 +128,7 @@ class Connection:
 
     Args:
         said: what it has said and nobody has looked at yet, by event.
-        code: exit code of the node's command, once it has ended.
+        code: exit code of the node's command, once it has ended; `ended`: when it did, or was lost.
         lost: why the connection is no more; empty while it is.
     """
 
@@ -138,6 +138,7 @@ class Connection:
     log: Path
     said: dict[str, dict[str, Any]] = field(default_factory=dict)
     code: int | None = None
+    ended: float = 0.0
     lost: str = ""
     started: bool = False
     heard: float = field(default_factory=time.monotonic)
@@ -184,9 +185,10 @@ class Connection:
             for line in lines:
                 self._take(line)
         if data == b"" and self.process.poll() is not None:
-            self.lost = f"the connection ended with {self.process.returncode}"
+            words = last_lines(self.log, 1)
+            self._lose(f"{words[0].strip() if words else 'the connection ended'} (exit code {self.process.returncode})")
         elif now - self.heard > SILENCE_SECONDS:
-            self.lost = f"no sign of life for {SILENCE_SECONDS:.0f} s"
+            self._lose(f"no sign of life for {SILENCE_SECONDS:.0f} s")
         elif now - self._told > _SECONDS_BETWEEN_SIGNS:
             self.tell()
 
@@ -196,7 +198,10 @@ class Connection:
             message["heard"] = time.time()
             self.said[message["event"]] = message
         if message.get("event") == "ended":
-            self.code = message["code"]
+            self.code, self.ended = message["code"], time.monotonic()
+
+    def _lose(self, why: str) -> None:
+        self.lost, self.ended = why, self.ended or time.monotonic()
 
 
 def _message(line: bytes | str) -> dict[str, Any]:
@@ -312,7 +317,7 @@ class SeveralNodes:
             if running and time.monotonic() - self._failed < _LAST_WORDS_SECONDS:
                 return None
             self._note_lost()
-            return failed[0].code or 255
+            return min(failed, key=lambda one: one.ended).code or 255
         return 0 if all(one.code == 0 for one in self.connections) else None
 
     def _note_lost(self) -> None:

@@ -109,14 +109,14 @@ def plan_recipe(asked: Asked, before: RunDir | None = None) -> tuple[LoadedRecip
 
 
 def hosts_of(run: RunDir) -> Cluster | None:
-    """The hosts of a run that had several; None for one host, and where its plan cannot be read any more."""
+    """The hosts of a run that had a hostfile; None where it had none, and where its plan cannot be read any more."""
     from launcher.cluster import Cluster
     from launcher.rundir import read_json
 
     before = (read_json(run.plan) or {}).get("cluster") or {}
     with contextlib.suppress(ValueError):  # written by another version
         cluster = Cluster.model_validate(before)
-        return cluster if cluster.num_nodes > 1 else None
+        return cluster if cluster.nodes[0].where else None
     return None
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from launcher.command import node_commands, prepare_command
+from launcher.command import by_agents, node_commands, prepare_command
 from launcher.errors import InterruptedRunError, PreflightError
 from launcher.handshake import handshake
 from launcher.manifest import Verdict, folders, verify
@@ -66,7 +66,7 @@ def write_run(plan: Plan, run: RunDir, resuming: bool) -> None:
     write_json(run.environment, environment(plan.cluster))
     with run.commands.open("a", encoding="utf-8") as file:
         # Where several nodes meet is found out when they are connected.
-        commands = node_commands(plan, run) if plan.cluster.num_nodes == 1 else ()
+        commands = node_commands(plan, run) if not by_agents(plan) else ()
         for command in (prepare_command(plan, run), *commands):
             file.write(f"{command}\n")
 
@@ -260,10 +260,12 @@ class Supervisor:
     @contextlib.contextmanager
     def _nodes(self, stop: StopRequest) -> Iterator[OneNode | SeveralNodes]:
         """Every node of the plan, ready to be prepared; none has a rank before it is told to go. Ended at the end."""
-        if self.plan.cluster.num_nodes == 1:
-            nodes: OneNode | SeveralNodes = OneNode(self.plan, self.run)
+        if by_agents(self.plan):
+            nodes: OneNode | SeveralNodes = SeveralNodes(
+                self.plan, self.run, lambda: self._end_if_asked(stop, nodes.end)
+            )
         else:
-            nodes = SeveralNodes(self.plan, self.run, lambda: self._end_if_asked(stop, nodes.end))
+            nodes = OneNode(self.plan, self.run)
         try:
             if isinstance(nodes, SeveralNodes):
                 handshake(nodes, self._say)

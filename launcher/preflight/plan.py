@@ -13,6 +13,7 @@ from launcher.cluster import (
     found_on_this_machine,
     host_memory_bytes,
 )
+from launcher.command import by_agents
 from launcher.families import family
 from launcher.memory import CPU_CONTEXT_BYTES
 from launcher.modelshape.files import cached_snapshot, stored_dtypes
@@ -32,7 +33,7 @@ _STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 def check(plan: Plan, run_dir: Path) -> list[Finding]:
     """Everything that can be known before a process is started."""
     found = found_on_this_machine()
-    several = plan.cluster.num_nodes > 1  # whose cards and files are looked at when they are connected
+    several = by_agents(plan)  # whose cards and files are looked at when they are connected
     return [
         *(devices(plan, found) if not several else ()),
         *_strategy(plan),
