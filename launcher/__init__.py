@@ -31,6 +31,7 @@
     rehearsal    a plan -> the plan of its rehearsal, on this machine's CPU with a small model
     background   a launch that goes on without its terminal
     start        recipe and flags -> plan -> a run carried out
+    slurm        a recipe -> a job in Slurm's queue
     runs         verbs about runs that are there
     cli          the other verbs
     worker/      torch side: executes a Plan (prepare, model, adapters, data/, training, checkpoint, metrics, chat, export)

@@ -105,8 +105,13 @@ def asks_for_a_plan(verb: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--rehearse", is_flag=True, help="Run it with a small model on this machine's CPU, ranks and strategy as planned."
 )
+@click.option(
+    "--slurm",
+    metavar="NAME=VALUE",
+    help="Submit it to Slurm: options of sbatch, such as --slurm partition=gpu nodes=2 time=24:00:00.",
+)
 @detach_option
-def run(asked: Asked, run_dir: str | None, dry_run: bool, rehearse: bool, detach: bool) -> None:
+def run(asked: Asked, run_dir: str | None, slurm: str | None, dry_run: bool, rehearse: bool, detach: bool) -> None:
     """Train: plan, prepare, start the ranks, follow them to the end."""
     if run_dir is not None:
         asked = asked.with_overrides(f"launch.run_dir={run_dir}")
@@ -117,13 +122,15 @@ def run(asked: Asked, run_dir: str | None, dry_run: bool, rehearse: bool, detach
         )
     if rehearse:
         start.rehearse(asked)
+    if slurm is not None:
+        from launcher.slurm import submit_run
+
+        submit_run(asked, slurm, dry_run)
+        return
     loaded, plan = start.plan_recipe(asked)
     where = start.new_run_dir(loaded)
     if dry_run:
-        from launcher.command import node_commands, prepare_command
-
-        for command in (prepare_command(plan, where), *node_commands(plan, where)):
-            click.echo(str(command))
+        start.show_commands(plan, where)
         return
     start.carry_out(loaded.recipe.checkpoint.resume == "auto", plan, where, detach)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.agent import SILENCE_SECONDS
-from launcher.cluster import Node, is_here
+from launcher.cluster import Node, is_here, nodes_of_job
 from launcher.command import Rendezvous, node_commands, prepare_command, python_on
 from launcher.errors import PreflightError
 from launcher.plan import Plan
@@ -108,6 +108,8 @@ def connecting_command(plan: Plan, node: Node) -> NodeCommand:
     agent = (python_on(plan, node.host), "-m", "launcher.agent")
     if is_here(node.host):
         return NodeCommand(node.host, agent, cwd=str(Path.cwd()))
+    if node.host in nodes_of_job():
+        return NodeCommand(node.host, (*_srun(node.host), *agent), cwd=str(Path.cwd()))
     ssh = plan.recipe.launch.ssh
     options = ["BatchMode=yes", f"ConnectTimeout={ssh.timeout_s}", "ServerAliveInterval=5", "ServerAliveCountMax=3"]
     # A connection of its own, which ends with this process: a shared one would outlive it.
@@ -120,6 +122,13 @@ def connecting_command(plan: Plan, node: Node) -> NodeCommand:
     path = os.environ.get("PYTHONPATH")
     there = shlex.join(["exec", "env", *([f"PYTHONPATH={path}"] if path else []), *agent])
     return NodeCommand(node.host, (*argv, "--", f"{user}{at}{name.strip('[]')}", there), cwd=str(Path.cwd()))
+
+
+def _srun(host: str) -> tuple[str, ...]:
+    """A step of this job on one of its nodes. Since 22.05 Slurm gives a step the cores of its job only where it is told to."""
+    cores = os.environ.get("SLURM_CPUS_PER_TASK")
+    more = (f"--cpus-per-task={cores}",) if cores else ()
+    return ("srun", "--nodes=1", "--ntasks=1", f"--nodelist={host}", "--overlap", *more, "--")
 
 
 @dataclass
@@ -266,7 +275,7 @@ class SeveralNodes:
         others = [one for one in self.connections if not is_here(one.node.host)]
         logs = {one.rank: self.run.logs / f"{one.node.host}-prepare.log" for one in others}
         for one in others:
-            self._start_on(one, prepare_command(self.plan, self.run, one.rank), logs[one.rank])
+            self.start_on(one, prepare_command(self.plan, self.run, one.rank), logs[one.rank])
         while any(one.code is None and not one.lost for one in others):
             self.look_after()
             self.asked()
@@ -288,7 +297,8 @@ class SeveralNodes:
             return PreflightError(one.name, "its training rows are others than here", "put the same file there")
         return None
 
-    def _start_on(self, connection: Connection, command: NodeCommand, log: Path) -> None:
+    def start_on(self, connection: Connection, command: NodeCommand, log: Path) -> None:
+        """Start a command on one node."""
         connection.code, connection.started = None, True
         env = travelling(os.environ) | command.env
         connection.tell(do="start", argv=command.argv, env=env, cwd=command.cwd, log=str(log.absolute()))
@@ -305,7 +315,7 @@ class SeveralNodes:
         with self.run.commands.open("a", encoding="utf-8") as file:
             file.writelines(f"# on {command.host}\n{command}\n" for command in commands)
         for connection, command in zip(self.connections, commands, strict=True):
-            self._start_on(connection, command, self.run.node_log(connection.node.host))
+            self.start_on(connection, command, self.run.node_log(connection.node.host))
 
     def poll(self) -> int | None:
         """None while the run goes on; 0 when all nodes have ended well; else the code of the first that did not, 255 for a lost one."""

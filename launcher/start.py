@@ -199,6 +199,15 @@ def rehearse(asked: Asked) -> NoReturn:
     sys.exit(code)
 
 
+def show_commands(plan: Plan, where: RunDir) -> None:
+    """Print what would be started, each on its host, as lines that a shell runs the same way."""
+    from launcher.command import by_agents, node_commands, prepare_command
+
+    several = by_agents(plan)
+    for command in (prepare_command(plan, where), *node_commands(plan, where)):
+        print(f"# on {command.host}\n{command}" if several else command)
+
+
 def carry_out(resuming: bool, made: Plan, where: RunDir, detach: bool = False) -> NoReturn:
     """Carry a plan out, and end with its exit code."""
     sys.exit(carried_out(resuming, made, where, detach))

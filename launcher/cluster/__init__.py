@@ -1,7 +1,7 @@
 """In: `hardware:` of a recipe (`8xA800-80GB`, `2xcpu`, a list of cards, `auto`), nvidia-smi, /proc, a hostfile. Out: a `Cluster`.
 
 `model` is what a cluster is, `cards` what a card can do (gpus.yaml), `machine` what is here, `hardware` what a recipe names,
-`hostfile` the nodes of several machines.
+`hostfile` the nodes of several machines, `slurm` those of a job.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from launcher.cluster.machine import (
     usable_cores,
 )
 from launcher.cluster.model import GIB, MIB, Cluster, Device, Node
+from launcher.cluster.slurm import nodes_of_job
 
 __all__ = [
     "GIB",
@@ -34,6 +35,7 @@ __all__ = [
     "found_on_this_machine",
     "host_memory_bytes",
     "is_here",
+    "nodes_of_job",
     "nvidia_on_the_bus",
     "on_this_machine",
     "process_limit",

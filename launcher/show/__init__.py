@@ -19,6 +19,7 @@ from launcher.show.run import (
     show_rehearsed,
     show_resume,
     show_stopped,
+    show_submitted,
 )
 from launcher.show.status import show_detached, show_left, show_report, show_status
 
@@ -44,6 +45,7 @@ __all__ = [
     "show_stages",
     "show_status",
     "show_stopped",
+    "show_submitted",
     "show_trust",
     "summary",
 ]

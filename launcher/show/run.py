@@ -276,6 +276,13 @@ def show_stopped(screen: Console, run: Path, saved: Sequence[Path]) -> None:
     line(screen, "  go on", f"launch resume {as_typed(str(run))}")
 
 
+def show_submitted(screen: Console, job: str, run: Path) -> None:
+    """The job that will carry a run out."""
+    line(screen, "submitted", f"job {job}; its run is in {as_typed(str(run))}")
+    line(screen, "  watch", f"squeue --job {job}; launch logs {as_typed(str(run))} -f")
+    line(screen, "  end", f"scancel --signal=TERM --batch {job} (ranks save first)")
+
+
 def show_failure(screen: Console, failure: Failure, run: Path, newest: str | None) -> None:
     """The first rank that failed: who, why, where, and what to type. Other ranks are only counted."""
     training = failure.phase in ("train", "evaluate", "save", "ask")
