@@ -20,6 +20,8 @@
     preflight/   Plan and this machine -> findings
     report       files of a run -> what happened
     processes    started, and ended for certain
+    stacks       where the ranks of this machine are
+    stalls       heartbeats -> a run that stands still, and who is waited for
     stopping     signals to a launcher, and `launch stop`
     watching     files of a run -> how it stands now
     supervise    start, follow, stop

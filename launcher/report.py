@@ -48,6 +48,7 @@ class Failure:
         exit_code: 128 + signal for a killed rank.
         parts: you_set, found, to_type of an error of the person's, else empty.
         echoes: ranks that failed after it, because of it.
+        waits: where each rank was, of a run that stood still.
     """
 
     rank: int | None
@@ -63,10 +64,14 @@ class Failure:
     log: str
     parts: dict[str, str]
     echoes: tuple[int, ...]
+    waits: tuple[str, ...] = ()
 
 
 def first_failure(run: RunDir, plan: Plan, node_exit_code: int) -> Failure:
-    """Who failed first. Call it for a run whose node command ended with a code other than 0."""
+    """Who failed first. Call it for a run whose node command ended with a code other than 0, or that stood still."""
+    stall = read_json(run.stall)
+    if stall:
+        return _stalled(run, plan, stall, node_exit_code)
     errors = {int(path.stem): read_json(path) for path in run.errors.glob("[0-9]*.json")}
     errors = {rank: error for rank, error in errors.items() if error}
     node = (read_json(run.errors / "node.json") or {}).get("ranks") or {}
@@ -140,6 +145,27 @@ def _raised(run: RunDir, rank: int, error: dict[str, Any], echoes: tuple[int, ..
         log=str(run.rank_log(error["host"], rank)),
         parts=parts,
         echoes=echoes,
+    )
+
+
+def _stalled(run: RunDir, plan: Plan, stall: dict[str, Any], exit_code: int) -> Failure:
+    rank, host = int(stall["rank"]), stall["host"] or plan.cluster.nodes[0].host
+    log = run.rank_log(host, rank)
+    return Failure(
+        rank=rank,
+        host=host,
+        device=plan.cluster.devices[plan.device_of(rank)].name,
+        step=stall["step"],
+        phase=stall["phase"],
+        time=stall["time"],
+        cause=stall["cause"],
+        where=_where(stall["traceback"]),
+        traceback=stall["traceback"],
+        exit_code=exit_code,
+        log=str(log if log.is_file() else run.node_log(plan.cluster.nodes[0].host)),
+        parts={"you_set": "", "found": stall["cause"], "to_type": stall["to_type"]},
+        echoes=(),
+        waits=tuple(stall["waits"]),
     )
 
 

@@ -27,12 +27,14 @@ from launcher.preflight import environment
 from launcher.processes import end, start
 from launcher.report import Failure, Numbers, first_failure, last_lines, numbers, write_report
 from launcher.rundir import GO, WAIT, RunDir, append_event, read_events, read_json, write_atomic, write_json
+from launcher.stalls import STALLED, Watch, write_stall
 from launcher.stopping import StopRequest
 
 Listener = Callable[[dict[str, Any]], None]
 _POLL_SECONDS = 0.1
 # Ranks that were asked to save and show no sign of life for so long will not.
 _LONGEST_SILENCE_SECONDS = 600.0
+_TOLD = ("time", "rank", "host", "step", "cause", "waits")  # of a stall, in events.jsonl
 
 
 def write_run(plan: Plan, run: RunDir, resuming: bool) -> None:
@@ -177,7 +179,7 @@ class Supervisor:
             self.tell(event)
 
     def _clear_signs_of_earlier_attempts(self) -> None:
-        for path in (*self.run.errors.glob("*.json"), *self.run.heartbeats.glob("*.json")):
+        for path in (*self.run.errors.iterdir(), *self.run.heartbeats.glob("*.json")):
             path.unlink()
         for path in (self.run.save_now, self.run.stop_now):
             path.unlink(missing_ok=True)
@@ -271,8 +273,14 @@ class Supervisor:
         assert node.stdin is not None
         with contextlib.suppress(BrokenPipeError), node.stdin:  # it has ended: its exit code says why
             node.stdin.write(GO)
+        watch = Watch(self.run, self.plan)
         while (code := node.poll()) is None:
             offset = self._pass_on(offset, started)
+            if watch.look():
+                told = write_stall(watch)
+                append_event(self.run, {"event": "stalled", **{key: told[key] for key in _TOLD}})
+                code = STALLED
+                break
             self._say({"event": "beat", **(read_json(self.run.heartbeat(0)) or {})})
             self._end_if_asked(stop, node)
             time.sleep(_POLL_SECONDS)

@@ -277,6 +277,11 @@ class Launch(Section):
     max_restarts: Annotated[int, Field(ge=0)] = Field(
         0, description="How often a failed run is started again from its newest checkpoint."
     )
+    stall_seconds: Annotated[float, Field(gt=0.0)] | Auto = Field(
+        "auto",
+        description="A run whose rank gives no sign of life for so long in a step is ended, with the stacks of all; auto is ten times "
+        "the longest so far, at least 300. Loading, the first step and saving may take longer.",
+    )
 
 
 class Recipe(Section):

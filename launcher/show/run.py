@@ -267,7 +267,7 @@ def show_stopped(screen: Console, run: Path, saved: Sequence[Path]) -> None:
 
 def show_failure(screen: Console, failure: Failure, run: Path, newest: str | None) -> None:
     """The first rank that failed: who, why, where, and what to type. Other ranks are only counted."""
-    training = failure.phase in ("train", "evaluate", "save", "ask")
+    training = failure.phase in ("first_step", "train", "evaluate", "save", "ask")
     at = f"at step {failure.step}" if training else f"while it was at: {failure.phase}"
     if failure.rank is not None:
         line(screen, "failed", f"rank {failure.rank} ({failure.host}, {failure.device}) {at}")
@@ -280,6 +280,10 @@ def show_failure(screen: Console, failure: Failure, run: Path, newest: str | Non
         line(screen, "  remedy", failure.parts["to_type"].replace("resume RUN", f"resume {as_typed(str(run))}"))
     elif failure.where:
         line(screen, "  where", failure.where)
+    for place, where in enumerate(failure.waits):
+        line(screen, "" if place else "  ranks", where)
+    if failure.waits:
+        line(screen, "  stacks", f"{as_typed(str(run))}/errors/stacks-*.txt")
     line(screen, "  log", as_typed(failure.log))
     if failure.traceback and not failure.parts:
         screen.print(escape("\n".join(f"    {text}" for text in failure.traceback.rstrip().splitlines()[-20:])))

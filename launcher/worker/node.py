@@ -7,11 +7,16 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.rundir import WAIT, RunDir, write_json
+from launcher.stacks import ask_ranks_here
 from launcher.worker.pulse import die_with_parent, process_start
+
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 def begin(argv: Sequence[str]) -> tuple[RunDir, list[str], bool]:
@@ -33,6 +38,19 @@ def begin(argv: Sequence[str]) -> tuple[RunDir, list[str], bool]:
             number, lambda *_: None
         )  # the ranks' business, also where a scheduler sends them to every process
     return run, argv, waits
+
+
+def answer_for_ranks(run: RunDir) -> None:
+    """From now on have this node's ranks write down where they are when the supervisor asks for it, which may be on another host."""
+    threading.Thread(target=_answer, args=(run,), daemon=True).start()
+
+
+def _answer(run: RunDir) -> None:
+    while True:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        with contextlib.suppress(OSError):
+            if run.stacks_asked.exists():
+                ask_ranks_here(run)
 
 
 def failed(run: RunDir, first: int, exit_codes: dict[int, int]) -> int:

@@ -129,6 +129,7 @@ class PlannedTrainer(Trainer):
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         self.metrics.counters.add(inputs)
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self.pulse.beat()
         return loss
 
     @property
@@ -178,6 +179,7 @@ class PlannedTrainer(Trainer):
                 labels = labels.to(logits.device)  # under a device map the head need not lie where the rows go
                 loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
                 total += torch.stack([loss.double(), (labels != IGNORED).sum().double()]).to(total.device)
+                self.pulse.beat()
         # Without a backward pass the last weights that were gathered stay whole, or on their way.
         if isinstance(self.model, FSDPModule):
             self.model.reshard()
@@ -200,6 +202,7 @@ class PlannedTrainer(Trainer):
 
     def finish_saving(self, is_last: bool = False) -> None:
         """Wait for the checkpoint that is being written in the background."""
+        self.pulse.beat("save")
         with self._where_saving_fails(is_last):
             self.saver.finish()
 
