@@ -18,7 +18,9 @@
     explain      where the value of a key comes from
     command      Plan -> what each node starts
     preflight/   Plan and this machine -> findings
-    report       files of a run -> what happened
+    causes       what ended a rank -> words and what to type
+    report       files of a run -> who failed first, and why
+    story        files of a run -> its numbers, report.json
     processes    started, and ended for certain
     stacks       where the ranks of this machine are
     stalls       heartbeats -> a run that stands still, and who is waited for

@@ -6,13 +6,16 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from launcher.cluster import oom_kills
 from launcher.command import NodeCommand
+from launcher.rundir import RunDir, read_json, write_json
 
 _PR_SET_PDEATHSIG = 1
 # torchrun needs about a second to end its workers; ten are promised in all.
@@ -60,6 +63,14 @@ def end(process: subprocess.Popen[bytes], recorded: list[dict[str, Any]]) -> Non
     for beat in alive:
         with contextlib.suppress(ProcessLookupError):
             os.kill(beat["pid"], signal.SIGKILL)
+
+
+def count_oom_kills(run: RunDir) -> None:
+    """Write down how many processes the kernel has killed on this host for lack of memory since the first call for this run."""
+    path, now = run.oom_kills(socket.gethostname()), oom_kills()
+    before = (read_json(path) or {"before": now})["before"]
+    with contextlib.suppress(OSError):
+        write_json(path, {"before": before, "kills": None if now is None or before is None else now - before})
 
 
 def is_running(beat: dict[str, Any]) -> bool:

@@ -147,6 +147,10 @@ class RunDir:
     def stall(self) -> Path:
         return self.errors / "stall.json"
 
+    def oom_kills(self, host: str) -> Path:
+        """How many processes the kernel has killed on a host for lack of memory while the run went."""
+        return self.errors / f"oom-{host}.json"
+
     def heartbeat(self, rank: int) -> Path:
         return self.heartbeats / f"{rank}.json"
 

@@ -24,11 +24,12 @@ from launcher.errors import InterruptedRunError, PreflightError
 from launcher.manifest import Verdict, folders, verify
 from launcher.plan import Plan, identity, other_world, total_steps, what_changed
 from launcher.preflight import environment
-from launcher.processes import end, start
-from launcher.report import Failure, Numbers, first_failure, last_lines, numbers, write_report
+from launcher.processes import count_oom_kills, end, start
+from launcher.report import Failure, first_failure, last_lines
 from launcher.rundir import GO, WAIT, RunDir, append_event, read_events, read_json, write_atomic, write_json
 from launcher.stalls import STALLED, Watch, write_stall
 from launcher.stopping import StopRequest
+from launcher.story import Numbers, numbers, write_report
 
 Listener = Callable[[dict[str, Any]], None]
 _POLL_SECONDS = 0.1
@@ -273,6 +274,8 @@ class Supervisor:
         assert node.stdin is not None
         with contextlib.suppress(BrokenPipeError), node.stdin:  # it has ended: its exit code says why
             node.stdin.write(GO)
+        if self.plan.backend == "python":  # else each node counts for itself
+            count_oom_kills(self.run)
         watch = Watch(self.run, self.plan)
         while (code := node.poll()) is None:
             offset = self._pass_on(offset, started)
@@ -285,6 +288,8 @@ class Supervisor:
             self._end_if_asked(stop, node)
             time.sleep(_POLL_SECONDS)
         end(node, self._recorded())  # ranks that outlived it
+        if self.plan.backend == "python":
+            count_oom_kills(self.run)
         self._pass_on(offset, started)
         self.seconds["all"] = time.monotonic() - started
         return code

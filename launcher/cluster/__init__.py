@@ -13,6 +13,7 @@ from launcher.cluster.machine import (
     driver_version,
     host_memory_bytes,
     nvidia_on_the_bus,
+    oom_kills,
     process_limit,
     usable_cores,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "host_memory_bytes",
     "nvidia_on_the_bus",
     "on_this_machine",
+    "oom_kills",
     "process_limit",
     "resolve_cluster",
     "same_card",

@@ -280,7 +280,7 @@ class Launch(Section):
     stall_seconds: Annotated[float, Field(gt=0.0)] | Auto = Field(
         "auto",
         description="A run whose rank gives no sign of life for so long in a step is ended, with the stacks of all; auto is ten times "
-        "the longest so far, at least 300. Loading, the first step and saving may take longer.",
+        "the longest so far, at least 300; loading, the first step and saving may take longer.",
     )
 
 

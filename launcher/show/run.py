@@ -17,9 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from launcher.manifest import Verdict
 from launcher.plan import Plan, steps_per_epoch, time_of_rows, total_steps
 from launcher.preflight import Finding
-from launcher.report import Answer, Failure, Numbers, last_lines, predicted_speed
+from launcher.report import Failure, last_lines
 from launcher.rundir import RunDir
 from launcher.show.lines import LABEL, as_typed, count, duration, gib, line
+from launcher.story import Answer, Numbers, predicted_speed
 
 _BEGINNING = 56  # letters of an answer
 
@@ -276,9 +277,13 @@ def show_failure(screen: Console, failure: Failure, run: Path, newest: str | Non
     else:
         line(screen, "failed", f"all ranks ({failure.host}) {at}")
     line(screen, "  cause", failure.cause)
+    for note in failure.notes:
+        line(screen, "", note)
     if failure.parts:
         line(screen, "  remedy", failure.parts["to_type"].replace("resume RUN", f"resume {as_typed(str(run))}"))
-    elif failure.where:
+    elif failure.remedy:
+        line(screen, "  remedy", failure.remedy.replace("resume RUN", f"resume {as_typed(str(run))}"))
+    if failure.where and not failure.parts:
         line(screen, "  where", failure.where)
     for place, where in enumerate(failure.waits):
         line(screen, "" if place else "  ranks", where)

@@ -62,7 +62,7 @@ def train(plan: Plan, run: RunDir, pulse: Pulse) -> None:
     leave_out_what_is_unused(plan)
     import torch
 
-    from launcher.worker.devices import own_device
+    from launcher.worker.devices import memory_now, own_device
     from launcher.worker.sharding import build_model
     from launcher.worker.training import PlannedTrainer
 
@@ -70,6 +70,7 @@ def train(plan: Plan, run: RunDir, pulse: Pulse) -> None:
     device = own_device(plan, pulse.local_rank)
     if plan.kind == "cuda":
         torch.accelerator.set_device_index(device)
+    pulse.device_memory = lambda: memory_now(device)
     _connect(plan, torch)
     pulse.beat("load")
     prepared = read_prepared(run)

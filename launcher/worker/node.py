@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.processes import count_oom_kills
 from launcher.rundir import WAIT, RunDir, write_json
 from launcher.stacks import ask_ranks_here
 from launcher.worker.pulse import die_with_parent, process_start
@@ -37,6 +38,7 @@ def begin(argv: Sequence[str]) -> tuple[RunDir, list[str], bool]:
         signal.signal(
             number, lambda *_: None
         )  # the ranks' business, also where a scheduler sends them to every process
+    count_oom_kills(run)
     return run, argv, waits
 
 
@@ -59,6 +61,7 @@ def failed(run: RunDir, first: int, exit_codes: dict[int, int]) -> int:
     Args:
         exit_codes: by global rank, negative for a signal.
     """
+    count_oom_kills(run)
     ranks = {rank: {"exit_code": code} for rank, code in exit_codes.items()}
     with contextlib.suppress(OSError):  # on a full disk the exit code has to do
         write_json(run.errors / "node.json", {"first": first, "ranks": ranks})

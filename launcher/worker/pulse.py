@@ -17,9 +17,11 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from launcher.cluster import available_memory_bytes
 from launcher.errors import LaunchError
 from launcher.rundir import GO, RunDir, write_json
 
@@ -41,6 +43,9 @@ class Pulse:
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.phase = "start"
         self.step = 0
+        # Rows and tokens in a row of the micro batch that is being worked on; and what says how full this rank's devices are.
+        self.batch: tuple[int, int] | None = None
+        self.device_memory: Callable[[], dict[str, int]] = dict
         self._beats = 0
         self._time, self._last = time.time(), time.monotonic()
         self._began, self._written = self._last, 0.0
@@ -98,6 +103,7 @@ class Pulse:
             "beats": self._beats,
             "time": self._time,
             "longest": self._longest.get(self.phase),
+            "memory": memory(),
             "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
         }
         with contextlib.suppress(OSError):  # a full disk is found by whoever has something to save
@@ -106,6 +112,7 @@ class Pulse:
 
     def failed(self, error: BaseException, device: str) -> int:
         """Write errors/<rank>.json; the exit code of this rank."""
+        taken = memory()
         exit_code = error.exit_code if isinstance(error, LaunchError) else 1
         parts = (
             {"you_set": error.you_set, "found": error.found, "to_type": error.to_type}
@@ -123,11 +130,22 @@ class Pulse:
             "message": str(error),
             "traceback": "".join(traceback.format_exception(error)),
             "exit_code": exit_code,
+            "memory": {**taken, **self.device_memory()},
+            "batch": self.batch,
             **parts,
         }
         with contextlib.suppress(OSError):  # on a full disk the exit code has to do
             write_json(self.run.error(self.rank), told)
         return exit_code
+
+
+def memory() -> dict[str, int]:
+    """Bytes of host memory that this process has, and that are left for all."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        pages = 0
+    return {"rss": pages * os.sysconf("SC_PAGE_SIZE"), "available": available_memory_bytes()}
 
 
 def process_start(pid: int) -> int:
