@@ -27,6 +27,7 @@
     stopping     signals to a launcher, and `launch stop`
     watching     files of a run -> how it stands now
     supervise    start, follow, stop
+    restarts     again, after a failure that need not come again
     foreground   chat and export, with this terminal
     show/        all of it -> what a person reads
     rehearsal    a plan -> the plan of its rehearsal, on this machine's CPU with a small model

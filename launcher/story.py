@@ -5,6 +5,7 @@ Reads only what ranks and supervisor wrote; asks no process and no device.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -95,6 +96,13 @@ def predicted_speed(plan: Plan, run: RunDir) -> float | None:
     return round(time_of_rows(plan, float(length)).tokens_per_second, 1) if length else None
 
 
+def _attempts(run: RunDir) -> list[dict[str, Any]]:
+    """All attempts of a run, those of earlier launches too."""
+    events, _ = read_events(run)
+    ended = [event for event in events if event["event"] == "attempt"]
+    return [{**{key: one[key] for key in one if key not in ("event", "time")}, "ended": one["time"]} for one in ended]
+
+
 def _answers(events: Sequence[dict[str, Any]]) -> tuple[Answer, ...]:
     """The questions that were asked last, with the first answer before training and the last one after it, over all attempts."""
     before: dict[str, str] = {}
@@ -106,6 +114,24 @@ def _answers(events: Sequence[dict[str, Any]]) -> tuple[Answer, ...]:
             after = {**after, **event["answers"]}
     asked = events[-1]["answers"] if events else ()
     return tuple(Answer(question, before.get(question), after.get(question)) for question in asked)
+
+
+def attempt(began: float, plan: Plan, exit_code: int, story: Numbers, failure: Failure | None) -> dict[str, Any]:
+    """How an attempt ended, for events.jsonl.
+
+    Args:
+        began: seconds since the epoch.
+    """
+    return {
+        "event": "attempt",
+        "time": time.time(),
+        "began": began,
+        "exit_code": exit_code,
+        "resumed_from": plan.resume_from,
+        "step": failure.step if failure else story.steps,
+        "rank": failure.rank if failure else None,
+        "cause": failure.cause if failure else story.stopped_by,
+    }
 
 
 def write_report(run: RunDir, plan: Plan, exit_code: int, story: Numbers, failure: Failure | None) -> None:
@@ -126,6 +152,7 @@ def write_report(run: RunDir, plan: Plan, exit_code: int, story: Numbers, failur
             "checkpoints": [folder.name for folder in checkpoints],
             "best_checkpoint": best[0][1].name if best else None,
             "resumed_from": plan.resume_from,
+            "attempts": _attempts(run),
             "failure": asdict(failure) if failure else None,
         },
     )

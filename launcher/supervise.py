@@ -29,7 +29,7 @@ from launcher.report import Failure, first_failure, last_lines
 from launcher.rundir import GO, WAIT, RunDir, append_event, read_events, read_json, write_atomic, write_json
 from launcher.stalls import STALLED, Watch, write_stall
 from launcher.stopping import StopRequest
-from launcher.story import Numbers, numbers, write_report
+from launcher.story import Numbers, attempt, numbers, write_report
 
 Listener = Callable[[dict[str, Any]], None]
 _POLL_SECONDS = 0.1
@@ -132,6 +132,7 @@ class Supervisor:
     run: RunDir
     tell: Listener
     seconds: dict[str, float] = field(default_factory=dict)
+    _began: float = field(default_factory=time.time)
     _trains: bool = False
     _asked: float | None = None
     _stopped_by: str | None = None
@@ -171,6 +172,7 @@ class Supervisor:
     def _report(self, exit_code: int, failure: Failure | None) -> Numbers:
         story = numbers(self.run, self.seconds)
         with contextlib.suppress(OSError):  # on a full disk the person at least reads what happened
+            append_event(self.run, attempt(self._began, self.plan, exit_code, story, failure))
             write_report(self.run, self.plan, exit_code, story, failure)
         return story
 

@@ -275,7 +275,8 @@ class Launch(Section):
         None, description="The rendezvous port; null takes a free one."
     )
     max_restarts: Annotated[int, Field(ge=0)] = Field(
-        0, description="How often a failed run is started again from its newest checkpoint."
+        0,
+        description="How often a failed run is started again from its newest valid checkpoint, unless the failure would come again.",
     )
     stall_seconds: Annotated[float, Field(gt=0.0)] | Auto = Field(
         "auto",

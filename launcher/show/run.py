@@ -170,6 +170,15 @@ class RunScreen:
             "not saved", f"at step {event['step']}: {event['why']}; training goes on (checkpoint.on_failure: warn)"
         )
 
+    def _restarting(self, event: dict[str, Any]) -> None:
+        self.close()
+        line(self.screen, "failed", event["why"])
+        line(self.screen, "restart", event["what"])
+
+    def _not_restarted(self, event: dict[str, Any]) -> None:
+        self.close()
+        line(self.screen, "failed", event["text"])
+
     def _stopping(self, event: dict[str, Any]) -> None:
         if event["saves"]:
             self._beside("stopping", f"{event['why']}: every rank saves when this step is done, then ends")
