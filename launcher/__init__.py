@@ -3,9 +3,9 @@
     errors       every error a person can cause, and its exit code
     rundir       the name of every file in a run directory
     manifest     the commit marker of a checkpoint; which one is valid
-    processes    what is started on a node, and ended for certain
     recipe/      YAML -> checked, frozen Recipe
     cluster/     hardware -> nodes and devices                    (gpus.yaml)
+    processes    what is started on a node, and ended for certain
     families     model families and prompt templates              (families.yaml)
     native       config of a model with its own code -> that of the transformers class that computes the same
     compat       what the code of old models needs to run on transformers 5
@@ -19,13 +19,18 @@
     explain      where the value of a key comes from
     command      Plan -> what each node starts
     preflight/   Plan and this machine -> findings
-    report       files of a run -> what happened
+    causes       what ended a rank -> words and what to type
+    report       files of a run -> who failed first, and why
+    story        files of a run -> its numbers, report.json
     agent        on every node of several: looks around, starts, ends
     nodes        the nodes of a run: started, followed, ended
     handshake    several nodes: each as this one? where do they meet?
+    stacks       where the ranks of this machine are
+    stalls       heartbeats -> a run that stands still, and who is waited for
     stopping     signals to a launcher, and `launch stop`
     watching     files of a run -> how it stands now
     supervise    start, follow, stop
+    restarts     again, after a failure that need not come again
     foreground   chat and export, with this terminal
     show/        all of it -> what a person reads
     rehearsal    a plan -> the plan of its rehearsal, on this machine's CPU with a small model

@@ -7,6 +7,7 @@ import ctypes
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.rundir import RunDir, read_json
+from launcher.cluster import oom_kills
+from launcher.rundir import RunDir, read_json, write_json
 
 _PR_SET_PDEATHSIG = 1
 # torchrun needs about a second to end its workers; ten are promised in all.
@@ -90,6 +92,14 @@ def recorded(run: RunDir, node: int = 0) -> list[dict[str, Any]]:
     """pid and start time of every process of a node that has shown a sign of life; they say nothing about another host's processes."""
     beats = [read_json(path) for path in run.heartbeats.glob("*.json")]
     return [beat for beat in beats if beat and beat.get("node", 0) == node]
+
+
+def count_oom_kills(run: RunDir) -> None:
+    """Write down how many processes the kernel has killed on this host for lack of memory since the first call for this run."""
+    path, now = run.oom_kills(socket.gethostname()), oom_kills()
+    before = (read_json(path) or {"before": now})["before"]
+    with contextlib.suppress(OSError):
+        write_json(path, {"before": before, "kills": None if now is None or before is None else now - before})
 
 
 def is_running(beat: dict[str, Any]) -> bool:

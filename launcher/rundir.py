@@ -4,7 +4,8 @@ recipe.yaml        the resolved recipe           plan.json        what the worke
 deepspeed.json     DeepSpeed's own settings, under zero1, zero2 and zero3
 prepared.json      what prepare left for them    environment.json versions and devices
 commands.txt       every command line started    logs/            <host>-rank<k>.log, <host>-node.log, launcher.log
-events.jsonl       what happened, a line each    errors/          <rank>.json of a rank that failed, node<k>.json: how they ended
+events.jsonl       what happened, a line each    errors/          <rank>.json of a rank that failed, node<k>.json: how they ended;
+                                                                  stall.json, stacks-<rank>.txt
 heartbeat/         <rank>.json, pid and phase    tensorboard/     one writer
 checkpoints/       step-N/ with manifest.json    report.json      the end of the story
 export/            merged weights                run.lock         held while a launcher works here
@@ -150,6 +151,27 @@ class RunDir:
 
     def error(self, rank: int) -> Path:
         return self.errors / f"{rank}.json"
+
+    def stacks(self, rank: int) -> Path:
+        """Where the threads of a rank were when somebody asked (SIGUSR2)."""
+        return self.errors / f"stacks-{rank}.txt"
+
+    def state(self, rank: int) -> Path:
+        """What the kernel said of a rank's process then."""
+        return self.errors / f"state-{rank}.json"
+
+    @property
+    def stacks_asked(self) -> Path:
+        """Made by the supervisor: every node is to have the stacks of its ranks written."""
+        return self.errors / "stacks-asked"
+
+    @property
+    def stall(self) -> Path:
+        return self.errors / "stall.json"
+
+    def oom_kills(self, host: str) -> Path:
+        """How many processes the kernel has killed on a host for lack of memory while the run went."""
+        return self.errors / f"oom-{host}.json"
 
     def heartbeat(self, rank: int) -> Path:
         return self.heartbeats / f"{rank}.json"

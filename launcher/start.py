@@ -248,7 +248,8 @@ def _supervised(resuming: bool, made: Plan, where: RunDir, begun: Callable[[], N
     """
     from launcher import manifest, show
     from launcher.plan import identity
-    from launcher.supervise import Supervisor, continue_from, kept_where_refused, write_run
+    from launcher.restarts import carry_out as carry_out_with_restarts
+    from launcher.supervise import continue_from, kept_where_refused, write_run
 
     screen = show.console()
     with where.locked():
@@ -261,7 +262,7 @@ def _supervised(resuming: bool, made: Plan, where: RunDir, begun: Callable[[], N
         with kept_where_refused(where), contextlib.closing(screen_of_run):
             write_run(made, where, resuming)
             begun()
-            outcome = Supervisor(made, where, screen_of_run).carry_out()
+            outcome = carry_out_with_restarts(made, where, screen_of_run)
         if outcome.failure is None:
             show.show_done(screen, made, outcome.story, where.path)
         else:

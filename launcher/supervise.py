@@ -26,15 +26,18 @@ from launcher.manifest import Verdict, folders, verify
 from launcher.nodes import OneNode, SeveralNodes
 from launcher.plan import Plan, identity, other_world, total_steps, what_changed
 from launcher.preflight import environment
-from launcher.processes import end, start
-from launcher.report import Failure, Numbers, first_failure, last_lines, numbers, write_report
+from launcher.processes import count_oom_kills, end, start
+from launcher.report import Failure, first_failure, last_lines
 from launcher.rundir import RunDir, append_event, read_events, read_json, write_atomic, write_json
+from launcher.stalls import STALLED, Watch, write_stall
 from launcher.stopping import StopRequest
+from launcher.story import Numbers, attempt, numbers, write_report
 
 Listener = Callable[[dict[str, Any]], None]
 _POLL_SECONDS = 0.1
 # Ranks that were asked to save and show no sign of life for so long will not.
 _LONGEST_SILENCE_SECONDS = 600.0
+_TOLD = ("time", "rank", "host", "step", "cause", "waits")  # of a stall, in events.jsonl
 
 
 def write_run(plan: Plan, run: RunDir, resuming: bool) -> None:
@@ -133,6 +136,7 @@ class Supervisor:
     run: RunDir
     tell: Listener
     seconds: dict[str, float] = field(default_factory=dict)
+    _began: float = field(default_factory=time.time)
     _trains: bool = False
     _asked: float | None = None
     _stopped_by: str | None = None
@@ -172,6 +176,7 @@ class Supervisor:
     def _report(self, exit_code: int, failure: Failure | None) -> Numbers:
         story = numbers(self.run, self.seconds)
         with contextlib.suppress(OSError):  # on a full disk the person at least reads what happened
+            append_event(self.run, attempt(self._began, self.plan, exit_code, story, failure))
             write_report(self.run, self.plan, exit_code, story, failure)
         return story
 
@@ -181,7 +186,7 @@ class Supervisor:
             self.tell(event)
 
     def _clear_signs_of_earlier_attempts(self) -> None:
-        for path in (*self.run.errors.glob("*.json"), *self.run.heartbeats.glob("*.json")):
+        for path in (*self.run.errors.iterdir(), *self.run.heartbeats.glob("*.json")):
             path.unlink()
         for path in (self.run.save_now, self.run.stop_now):
             path.unlink(missing_ok=True)
@@ -279,12 +284,22 @@ class Supervisor:
         offset = self.run.events.stat().st_size if self.run.events.is_file() else 0
         append_event(self.run, {"event": "start", "time": time.time()})
         nodes.go()
+        if self.plan.backend == "python":  # else each node counts for itself
+            count_oom_kills(self.run)
+        watch = Watch(self.run, self.plan)
         while (code := nodes.poll()) is None:
             offset = self._pass_on(offset, started)
+            if watch.look():
+                told = write_stall(watch)
+                append_event(self.run, {"event": "stalled", **{key: told[key] for key in _TOLD}})
+                code = STALLED
+                break
             self._say({"event": "beat", **(read_json(self.run.heartbeat(0)) or {})})
             self._end_if_asked(stop, nodes.end)
             time.sleep(_POLL_SECONDS)
         nodes.end()  # ranks that outlived it
+        if self.plan.backend == "python":
+            count_oom_kills(self.run)
         self._pass_on(offset, started)
         self.seconds["all"] = time.monotonic() - started
         return code

@@ -10,8 +10,9 @@ from typing import Any
 
 from launcher import manifest
 from launcher.errors import UsageError
-from launcher.report import Answer, Failure, Numbers
+from launcher.report import Failure
 from launcher.rundir import RunDir, read_events, read_json
+from launcher.story import Answer, Numbers
 
 _POLL_SECONDS = 0.2
 Event = dict[str, Any]

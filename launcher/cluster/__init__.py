@@ -14,6 +14,7 @@ from launcher.cluster.machine import (
     host_memory_bytes,
     is_here,
     nvidia_on_the_bus,
+    oom_kills,
     process_limit,
     usable_cores,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "nodes_of_job",
     "nvidia_on_the_bus",
     "on_this_machine",
+    "oom_kills",
     "process_limit",
     "resolve_cluster",
     "same_card",

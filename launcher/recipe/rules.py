@@ -166,11 +166,6 @@ def _run(recipe: Recipe) -> Iterator[Problem]:
         )
     if recipe.launch.run_dir == "":
         yield Problem("launch.run_dir", "is empty. Give a folder, or null for runs/<recipe>-<time>")
-    if recipe.launch.max_restarts:
-        yield Problem(
-            "launch.max_restarts",
-            "this version does not restart by itself. Set launch.max_restarts=0 and use: launch resume RUN",
-        )
 
 
 def _questions(recipe: Recipe) -> Iterator[Problem]:

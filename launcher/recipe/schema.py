@@ -287,7 +287,13 @@ class Launch(Section):
         None, description="The rendezvous port; null takes a free one."
     )
     max_restarts: Annotated[int, Field(ge=0)] = Field(
-        0, description="How often a failed run is started again from its newest checkpoint."
+        0,
+        description="How often a failed run is started again from its newest valid checkpoint, unless the failure would come again.",
+    )
+    stall_seconds: Annotated[float, Field(gt=0.0)] | Auto = Field(
+        "auto",
+        description="A run whose rank gives no sign of life for so long in a step is ended, with the stacks of all; auto is ten times "
+        "the longest so far, at least 300; loading, the first step and saving may take longer.",
     )
     ssh: Ssh = Field(Ssh(), description="How other hosts are reached.")
 

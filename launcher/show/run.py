@@ -17,9 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from launcher.manifest import Verdict
 from launcher.plan import Plan, steps_per_epoch, time_of_rows, total_steps
 from launcher.preflight import Finding
-from launcher.report import Answer, Failure, Numbers, last_lines, predicted_speed
+from launcher.report import Failure, last_lines
 from launcher.rundir import RunDir
 from launcher.show.lines import LABEL, as_typed, count, duration, gib, line
+from launcher.story import Answer, Numbers, predicted_speed
 
 _BEGINNING = 56  # letters of an answer
 
@@ -180,6 +181,15 @@ class RunScreen:
             "not saved", f"at step {event['step']}: {event['why']}; training goes on (checkpoint.on_failure: warn)"
         )
 
+    def _restarting(self, event: dict[str, Any]) -> None:
+        self.close()
+        line(self.screen, "failed", event["why"])
+        line(self.screen, "restart", event["what"])
+
+    def _not_restarted(self, event: dict[str, Any]) -> None:
+        self.close()
+        line(self.screen, "failed", event["text"])
+
     def _stopping(self, event: dict[str, Any]) -> None:
         if event["saves"]:
             self._beside("stopping", f"{event['why']}: every rank saves when this step is done, then ends")
@@ -285,7 +295,7 @@ def show_submitted(screen: Console, job: str, run: Path) -> None:
 
 def show_failure(screen: Console, failure: Failure, run: Path, newest: str | None) -> None:
     """The first rank that failed: who, why, where, and what to type. Other ranks are only counted."""
-    training = failure.phase in ("train", "evaluate", "save", "ask")
+    training = failure.phase in ("first_step", "train", "evaluate", "save", "ask")
     at = f"at step {failure.step}" if training else f"while it was at: {failure.phase}"
     if failure.rank is not None:
         line(screen, "failed", f"rank {failure.rank} ({failure.host}, {failure.device}) {at}")
@@ -294,10 +304,18 @@ def show_failure(screen: Console, failure: Failure, run: Path, newest: str | Non
     else:
         line(screen, "failed", f"all ranks ({failure.host}) {at}")
     line(screen, "  cause", failure.cause)
+    for note in failure.notes:
+        line(screen, "", note)
     if failure.parts:
         line(screen, "  remedy", failure.parts["to_type"].replace("resume RUN", f"resume {as_typed(str(run))}"))
-    elif failure.where:
+    elif failure.remedy:
+        line(screen, "  remedy", failure.remedy.replace("resume RUN", f"resume {as_typed(str(run))}"))
+    if failure.where and not failure.parts:
         line(screen, "  where", failure.where)
+    for place, where in enumerate(failure.waits):
+        line(screen, "" if place else "  ranks", where)
+    if failure.waits:
+        line(screen, "  stacks", f"{as_typed(str(run))}/errors/stacks-*.txt")
     line(screen, "  log", as_typed(failure.log))
     if failure.traceback and not failure.parts:
         screen.print(escape("\n".join(f"    {text}" for text in failure.traceback.rstrip().splitlines()[-20:])))

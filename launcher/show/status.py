@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 
 from launcher.plan import Plan
-from launcher.report import Numbers
 from launcher.show.lines import as_typed, duration, gib, line
 from launcher.show.plan import summary
+from launcher.story import Numbers
 from launcher.watching import Rank, Status
 
 # A rank without a sign of life for so long is shown with the seconds; beats come twice a second, and steps may take longer.

@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def main(plan_path: str, parent: int | None = None) -> int:
     pulse = Pulse(run)
     log_to(run.rank_log(socket.gethostname(), pulse.rank))
     faulthandler.enable()
+    pulse.keep()
     pulse.beat("import")
     plan = Plan.model_validate_json(run.plan.read_text(encoding="utf-8"))
     device_name = _device_name(plan, pulse.rank)
@@ -60,7 +62,7 @@ def train(plan: Plan, run: RunDir, pulse: Pulse) -> None:
     leave_out_what_is_unused(plan)
     import torch
 
-    from launcher.worker.devices import own_device
+    from launcher.worker.devices import memory_now, own_device
     from launcher.worker.sharding import build_model
     from launcher.worker.training import PlannedTrainer
 
@@ -68,6 +70,7 @@ def train(plan: Plan, run: RunDir, pulse: Pulse) -> None:
     device = own_device(plan, pulse.local_rank)
     if plan.kind == "cuda":
         torch.accelerator.set_device_index(device)
+    pulse.device_memory = lambda: memory_now(device)
     _connect(plan, torch)
     pulse.beat("load")
     prepared = read_prepared(run, own_node())
@@ -84,7 +87,6 @@ def train(plan: Plan, run: RunDir, pulse: Pulse) -> None:
         trainer = PlannedTrainer(plan, run, prepared, {"model": model, **rows}, pulse)
     if pulse.rank == 0:
         append_event(run, {"event": "ready", "time": time.time(), "ranks": plan.num_processes})
-    pulse.beat("train")
     trainer.train(resume_from_checkpoint=str(run.path / plan.resume_from) if plan.resume_from else None)
     if trainer.requests.stopped_by is not None and pulse.rank == 0:
         stopped = {"why": trainer.requests.stopped_by, "step": trainer.state.global_step}
@@ -109,7 +111,9 @@ def _connect(plan: Plan, torch: Any) -> None:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             os.environ.pop(name, None)
     if world_size > 1 or plan.pipeline is not None:
-        torch.distributed.init_process_group("nccl" if plan.kind == "cuda" else "gloo")
+        # What stands still is found by the supervisor, which says who is waited for; whom torch would name only waits.
+        limit = timedelta(days=1)
+        torch.distributed.init_process_group("nccl" if plan.kind == "cuda" else "gloo", timeout=limit)
     if plan.deepspeed is not None:
         from launcher.worker.zero import connect
 

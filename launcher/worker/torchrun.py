@@ -39,6 +39,7 @@ def main(argv: list[str]) -> int:
         api.get_subprocess_handler = ForkServer.open(plan, rank).handler
     if waits:
         wait_for_go()
+    node.answer_for_ranks(run)
     try:
         torchrun(argv)
     except ChildFailedError as error:

@@ -6,7 +6,6 @@ the loop, accumulation, token-normalised loss, clipping, mixed precision, DDP, i
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from launcher.errors import LaunchError, PreflightError
+from launcher.errors import PreflightError
 from launcher.families import family
 from launcher.plan import Plan, steps_per_epoch, total_steps
 from launcher.rundir import RunDir
@@ -29,10 +28,9 @@ from launcher.worker.asking import Asking
 from launcher.worker.byshard import weights_in
 from launcher.worker.checkpoint import partitions
 from launcher.worker.checkpoint.foreign import NotReadableError, moments_to_begin_with
-from launcher.worker.code_trial import Recomputation
+from launcher.worker.checks import FirstBadStep, FirstStepCheck
 from launcher.worker.data.batches import Batch, StepOrder, WholeSteps, collator
 from launcher.worker.data.tokens import IGNORED
-from launcher.worker.dtensors import local
 from launcher.worker.flow import Beat, Epochs, Flow
 from launcher.worker.loading import find_checkpoint
 from launcher.worker.metrics import Metrics
@@ -108,6 +106,7 @@ class PlannedTrainer(Trainer):
         self.metrics = Metrics(run, plan, prepared, self.args.device)
         check_world(plan, self, pulse.rank)
         self.requests = Requests(run)
+        self.bad_step = FirstBadStep()
         self.saver = checkpoint.Saver(run, plan)
         per_epoch = steps_per_epoch(plan, len(self.train_rows))
         for callback in (
@@ -128,7 +127,10 @@ class PlannedTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         self.metrics.counters.add(inputs)
+        self.pulse.batch = (inputs["input_ids"].shape[0], inputs["input_ids"].shape[1])
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self.bad_step.note(loss, self.state.global_step + 1)
+        self.pulse.beat()
         return loss
 
     @property
@@ -178,6 +180,7 @@ class PlannedTrainer(Trainer):
                 labels = labels.to(logits.device)  # under a device map the head need not lie where the rows go
                 loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
                 total += torch.stack([loss.double(), (labels != IGNORED).sum().double()]).to(total.device)
+                self.pulse.beat()
         # Without a backward pass the last weights that were gathered stay whole, or on their way.
         if isinstance(self.model, FSDPModule):
             self.model.reshard()
@@ -200,6 +203,7 @@ class PlannedTrainer(Trainer):
 
     def finish_saving(self, is_last: bool = False) -> None:
         """Wait for the checkpoint that is being written in the background."""
+        self.pulse.beat("save")
         with self._where_saving_fails(is_last):
             self.saver.finish()
 
@@ -302,68 +306,6 @@ class PlannedTrainer(Trainer):
         else:
             last_epoch = checkpoint.read_optimizer(Path(checkpoint_dir), self.optimizer, self.model)
         checkpoint.set_schedule(self.lr_scheduler, self.optimizer, last_epoch)
-
-
-class NoGradientError(LaunchError):
-    """Training does not move, or moves to where no number is."""
-
-
-class FirstStepCheck(TrainerCallback):
-    """Stops a run whose first step shows that it does not do what was planned, and any run whose loss is no number."""
-
-    def __init__(self, trainer: PlannedTrainer) -> None:
-        self.trainer = trainer
-        self.done = False
-        again = next((stage.first for stage in trainer.plan.stages if stage.recompute), 0)
-        self.recomputation = Recomputation(trainer.called, layer=0 if trainer.plan.pipeline else again)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.prove()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if self.done:
-            return
-        self.done = True
-        self.recomputation.stop()
-        if self.trainer.recomputes:
-            self.recomputation.require(self.trainer.plan.shape.name)
-        trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        if self.trainer.plan.deepspeed is not None:  # gradients are gone by now, their norm is kept
-            _require_gradient(bool(self.trainer.model_wrapped.get_global_grad_norm()))
-            return
-        without = [name for name, parameter in trainable if parameter.grad is None]
-        if without:
-            found = f"{len(without)} of {len(trainable)} trainable tensors got no gradient: {', '.join(without[:8])}"
-            raise NoGradientError(
-                "adapter", found, "train other modules (adapter.targets), or set train.gradient_checkpointing=false"
-            )
-        grads = [local(parameter.grad) for _, parameter in trainable]
-        _require_gradient(sharding.on_any_rank(any(bool(grad.count_nonzero()) for grad in grads), args.device))
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(loss):
-            found = f"the loss is {loss} at step {state.global_step}"
-            frozen = ((name, p) for name, p in self.trainer.model.named_parameters() if not p.requires_grad)
-            broken = next((name for name, p in frozen if p.is_floating_point() and not p.isfinite().all()), None)
-            broken = next(filter(None, checkpoint.gathered(broken)), None)  # all ranks are here, and give one reason
-            if broken is not None:
-                raise NoGradientError(
-                    f"model {self.trainer.plan.shape.name}",
-                    f"{broken} holds values that are no numbers",
-                    "copy its weights again",
-                )
-            lr = self.trainer.plan.recipe.train.lr
-            raise NoGradientError(
-                f"train.lr: {lr:g}", found, f"learn more slowly: launch resume RUN train.lr={lr / 10:g}"
-            )
-
-
-def _require_gradient(found: bool) -> None:
-    if not found:
-        raise NoGradientError(
-            "adapter", "every gradient is exactly zero", "check data.max_length and the answers in your data"
-        )
 
 
 class RankLog(TrainerCallback):

@@ -10,8 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from launcher import manifest
 from launcher.plan import Plan
-from launcher.report import Numbers, numbers
 from launcher.show import show_done
+from launcher.story import Numbers, numbers
 from launcher.worker import chat
 from tests.worker.conftest import Job
 
