@@ -1,6 +1,8 @@
 """How much of its schedule's theory does a pipeline reach?      goal: 97 % of the gain over naive, and the planned step time within 5 %
 
-    python benchmarks/pipeline.py [--steps 5] [--out benchmarks/results/pipeline_<hardware>_<date>.md]
+    python benchmarks/pipeline.py [--steps 5] [--kept FILE [--boxes BOX ...]] [--out benchmarks/results/pipeline_<hardware>_<date>.md]
+
+With `--kept` what is measured is written down box by box, and not measured again: the machine has to be quiet for minutes only.
 
 Boxes of cards are planned as `launch plan` plans them. Then the real ranks of the product run here, over gloo, with every layer
 replaced by one that computes nothing and waits, forward and backward, as long as the plan says that layer takes on its card: processes
@@ -33,6 +35,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from kept import Kept
 from page import Page, environment
 from ranks import with_script
 
@@ -47,6 +50,7 @@ from launcher.supervise import write_run
 
 GAIN, STEP_TIME = 0.97, 0.05  # the goals
 WAITS = "waits.json"
+REAL = "real layers"
 _PR_SET_TIMERSLACK = 29
 
 # Cards, model, tokens a row, micro batches.
@@ -89,15 +93,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--boxes", nargs="*", default=list(BOXES))
+    parser.add_argument("--kept", type=Path, help="append what is measured to this file, and leave out what is there")
     parser.add_argument("--no-real", action="store_true", help="leave the real layers out")
     parser.add_argument("--out", type=Path)
     parser.add_argument("rank", nargs="*", help=argparse.SUPPRESS)  # how the script starts its own ranks
     options = parser.parse_args()
     if options.rank:
         return be_a_rank(options.rank[0])
-    page = Page("A pipeline against its schedule's theory", __doc__.partition("\n")[0])
+    page, kept = Page("A pipeline against its schedule's theory", __doc__.partition("\n")[0]), Kept(options.kept)
     with tempfile.TemporaryDirectory() as folder:
-        emulated = [row for name in options.boxes for row in measure(name, Path(folder), options.steps)]
+        for name in options.boxes:
+            if name not in kept:
+                kept.add(name, measure(name, Path(folder), options.steps))
+        emulated = [row for name in options.boxes for row in kept[name]]
         page.section(
             "Result",
             f"Waits instead of layers. Goals: gain at least {GAIN:.0%} of the theory's, step time within {STEP_TIME:.0%} of the plan's.",
@@ -115,7 +123,9 @@ def main() -> int:
         page.table([*columns, "gain", "in theory", "of theory", "met"], emulated)
         if not options.no_real:
             page.section("Real layers", "Eight layers of width 512, 16 rows of 256 tokens, LoRA; one thread a process.")
-            page.table(["what", "step s", "gain", "theory of even stages"], real(Path(folder), options.steps))
+            if REAL not in kept:
+                kept.add(REAL, real(Path(folder), options.steps))
+            page.table(["what", "step s", "gain", "theory of even stages"], kept[REAL])
         page.finish(options.out)
     return 0
 
