@@ -24,6 +24,9 @@ bench:              ## the results pages of this machine
 	python benchmarks/loading_memory.py
 	python benchmarks/memory_honesty.py
 	python benchmarks/pipeline.py
+	python benchmarks/device_maps.py
+	python benchmarks/checkpoint_stall.py
+	# python benchmarks/chaos.py, which takes an hour or more
 
 schema:             ## what editors complete recipes with
 	launch schema recipes/schema.json
