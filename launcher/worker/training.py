@@ -1,12 +1,11 @@
 """transformers.Trainer, configured by the Plan, and the few overrides it needs.
 
-Overridden: the order of rows (resumable), evaluation (weighted by tokens), saving and loading (our checkpoints). Everything else,
-the loop, accumulation, token-normalised loss, clipping, mixed precision, DDP, is the library's.
+Overridden: which rows a rank gets (resumable, even), evaluation (weighted by tokens), saving and loading (our checkpoints). Everything
+else, the loop, accumulation, token-normalised loss, clipping, mixed precision, DDP, is the library's.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +17,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from launcher.errors import LaunchError, PreflightError
 from launcher.families import family
 from launcher.plan import Plan, steps_per_epoch, total_steps
 from launcher.rundir import RunDir
@@ -29,11 +28,11 @@ from launcher.worker.asking import Asking
 from launcher.worker.byshard import weights_in
 from launcher.worker.checkpoint import partitions
 from launcher.worker.checkpoint.foreign import NotReadableError, moments_to_begin_with
-from launcher.worker.code_trial import Recomputation
-from launcher.worker.data.batches import Batch, StepOrder, WholeSteps, collator
+from launcher.worker.data.batches import Batch, RankBatches, StepOrder, WholeSteps, collator
 from launcher.worker.data.tokens import IGNORED
-from launcher.worker.dtensors import local
+from launcher.worker.firststep import FirstStepCheck, check_world
 from launcher.worker.flow import Beat, Epochs, Flow
+from launcher.worker.headloss import PLACES, LossAtLabels, at_labels
 from launcher.worker.loading import find_checkpoint
 from launcher.worker.metrics import Metrics
 from launcher.worker.prepared import Prepared
@@ -96,15 +95,16 @@ class PlannedTrainer(Trainer):
         self.pulse = pulse
         self.train_rows, self.eval_rows = parts["train"], parts["eval"]
         collate = collator(plan.batching, prepared.pad_token_id, family(plan.shape.family).own_mask)
+        self.at_labels = self._loss_at_labels(parts["model"])
+        if self.at_labels is not None:
+            collate = at_labels(collate)
         arguments = training_arguments(plan, run, len(self.train_rows))
         rows = WholeSteps(self.train_rows, plan.global_batch)
         super().__init__(model=parts["model"], args=arguments, train_dataset=rows, data_collator=collate)
         if plan.strategy == "fsdp":
             # Precision and no more: a model that accelerate has prepared it does not wrap in DDP.
             self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
-        self.order = StepOrder(
-            self.train_rows["length"][:], plan.global_batch, plan.recipe.train.seed, plan.batching == "bucketed"
-        )
+        self.order = StepOrder(self.train_rows["length"][:], plan.global_batch, plan.recipe.train.seed, plan.batching)
         self.metrics = Metrics(run, plan, prepared, self.args.device)
         check_world(plan, self, pulse.rank)
         self.requests = Requests(run)
@@ -123,8 +123,27 @@ class PlannedTrainer(Trainer):
             self.add_callback(adapters.AdaLoraRanks())
             self.add_callback(RankLog(self.metrics))
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> StepOrder:
-        return self.order
+    def _loss_at_labels(self, model: Any) -> LossAtLabels | None:
+        """What computes the loss, where that is not the model as it is."""
+        if self.plan.logits == "whole":
+            return None
+        whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return LossAtLabels(whole, self.plan.logits == "parts", self.plan.kind)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """This rank's micro batches. accelerate is not asked to deal them out: it wants all of one size, and knows nothing of tokens."""
+        plan, args = self.plan, self.args
+        dealt = RankBatches(self.order, plan.micro_batch, plan.accumulation, args.process_index, args.world_size)
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=dealt,
+            collate_fn=self.data_collator,
+            pin_memory=args.dataloader_pin_memory,
+        )
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        """On the device; out of pinned memory nobody waits for the copy."""
+        return {name: part.to(self.args.device, non_blocking=True) for name, part in inputs.items()}
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         self.metrics.counters.add(inputs)
@@ -171,19 +190,29 @@ class PlannedTrainer(Trainer):
             # which does not count.
             for start in range(0, len(order), size * num_ranks):
                 mine = order[start + rank * size :][:size]
-                batch = self.data_collator([rows[row] for row in mine or order[-1:]])
-                batch = self._prepare_inputs(batch)
-                labels = batch.pop("labels")[:, 1:] if mine else batch.pop("labels")[:, 1:].fill_(IGNORED)
-                logits = self.model(**batch).logits[:, :-1].float()
-                labels = labels.to(logits.device)  # under a device map the head need not lie where the rows go
-                loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-                total += torch.stack([loss.double(), (labels != IGNORED).sum().double()]).to(total.device)
+                batch = self._prepare_inputs(self.data_collator([rows[row] for row in mine or order[-1:]]))
+                if not mine:
+                    batch = {name: part for name, part in batch.items() if name != PLACES}
+                    batch["labels"].fill_(IGNORED)
+                total += torch.stack(self._summed_loss(batch)).to(total)
         # Without a backward pass the last weights that were gathered stay whole, or on their way.
         if isinstance(self.model, FSDPModule):
             self.model.reshard()
         elif self.plan.strategy == "zero3":
             self.model_wrapped.empty_partition_cache()
         return total
+
+    def _summed_loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss over the supervised tokens of a batch, without what an adapter adds to it; and how many these are."""
+        labels = batch["labels"][:, 1:]
+        num = (labels != IGNORED).sum()
+        if self.at_labels is not None:
+            self.model(**batch)
+            return self.at_labels.summed.to(num.device), num
+        logits = self.model(**{name: part for name, part in batch.items() if name != "labels"}).logits[:, :-1].float()
+        labels = labels.to(logits.device)  # under a device map the head need not lie where the rows go
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return loss.to(num.device), num
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.pulse.beat("save")
@@ -304,68 +333,6 @@ class PlannedTrainer(Trainer):
         checkpoint.set_schedule(self.lr_scheduler, self.optimizer, last_epoch)
 
 
-class NoGradientError(LaunchError):
-    """Training does not move, or moves to where no number is."""
-
-
-class FirstStepCheck(TrainerCallback):
-    """Stops a run whose first step shows that it does not do what was planned, and any run whose loss is no number."""
-
-    def __init__(self, trainer: PlannedTrainer) -> None:
-        self.trainer = trainer
-        self.done = False
-        again = next((stage.first for stage in trainer.plan.stages if stage.recompute), 0)
-        self.recomputation = Recomputation(trainer.called, layer=0 if trainer.plan.pipeline else again)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.prove()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if self.done:
-            return
-        self.done = True
-        self.recomputation.stop()
-        if self.trainer.recomputes:
-            self.recomputation.require(self.trainer.plan.shape.name)
-        trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        if self.trainer.plan.deepspeed is not None:  # gradients are gone by now, their norm is kept
-            _require_gradient(bool(self.trainer.model_wrapped.get_global_grad_norm()))
-            return
-        without = [name for name, parameter in trainable if parameter.grad is None]
-        if without:
-            found = f"{len(without)} of {len(trainable)} trainable tensors got no gradient: {', '.join(without[:8])}"
-            raise NoGradientError(
-                "adapter", found, "train other modules (adapter.targets), or set train.gradient_checkpointing=false"
-            )
-        grads = [local(parameter.grad) for _, parameter in trainable]
-        _require_gradient(sharding.on_any_rank(any(bool(grad.count_nonzero()) for grad in grads), args.device))
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(loss):
-            found = f"the loss is {loss} at step {state.global_step}"
-            frozen = ((name, p) for name, p in self.trainer.model.named_parameters() if not p.requires_grad)
-            broken = next((name for name, p in frozen if p.is_floating_point() and not p.isfinite().all()), None)
-            broken = next(filter(None, checkpoint.gathered(broken)), None)  # all ranks are here, and give one reason
-            if broken is not None:
-                raise NoGradientError(
-                    f"model {self.trainer.plan.shape.name}",
-                    f"{broken} holds values that are no numbers",
-                    "copy its weights again",
-                )
-            lr = self.trainer.plan.recipe.train.lr
-            raise NoGradientError(
-                f"train.lr: {lr:g}", found, f"learn more slowly: launch resume RUN train.lr={lr / 10:g}"
-            )
-
-
-def _require_gradient(found: bool) -> None:
-    if not found:
-        raise NoGradientError(
-            "adapter", "every gradient is exactly zero", "check data.max_length and the answers in your data"
-        )
-
-
 class RankLog(TrainerCallback):
     """AdaLoRA's ranks in TensorBoard and events.jsonl."""
 
@@ -375,18 +342,3 @@ class RankLog(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **_: Any) -> None:
         if logs and "loss" in logs:
             self.metrics.ranks(state.global_step, list(adapters.active_ranks(model).values()))
-
-
-def check_world(plan: Plan, trainer: Trainer, rank: int) -> None:
-    """Compare the world that the Trainer found with the plan, before the first step: several libraries fall back to single ranks silently.
-
-    Raises:
-        PreflightError: another number of ranks, or another rank than torchrun gave.
-    """
-    found, place = trainer.accelerator.num_processes, trainer.accelerator.process_index
-    if found != plan.num_processes or trainer.args.world_size != plan.num_processes or place != rank:
-        raise PreflightError(
-            f"{plan.num_processes} ranks",
-            f"the Trainer of rank {rank} sees itself as {place} of {found}",
-            "start the run with: launch RECIPE",
-        )

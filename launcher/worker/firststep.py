@@ -1,0 +1,94 @@
+"""What shows before the first step or in it: another world than planned, gradients that are missing or zero, losses that are no number."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from transformers import Trainer, TrainerCallback
+
+from launcher.errors import LaunchError, PreflightError
+from launcher.plan import Plan
+from launcher.worker import checkpoint, sharding
+from launcher.worker.code_trial import Recomputation
+from launcher.worker.dtensors import local
+
+if TYPE_CHECKING:
+    from launcher.worker.training import PlannedTrainer
+
+
+class NoGradientError(LaunchError):
+    """Training does not move, or moves to where no number is."""
+
+
+class FirstStepCheck(TrainerCallback):
+    """Stops a run whose first step shows that it does not do what was planned, and any run whose loss is no number."""
+
+    def __init__(self, trainer: PlannedTrainer) -> None:
+        self.trainer = trainer
+        self.done = False
+        again = next((stage.first for stage in trainer.plan.stages if stage.recompute), 0)
+        self.recomputation = Recomputation(trainer.called, layer=0 if trainer.plan.pipeline else again)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.prove()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if self.done:
+            return
+        self.done = True
+        self.recomputation.stop()
+        if self.trainer.recomputes:
+            self.recomputation.require(self.trainer.plan.shape.name)
+        trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        if self.trainer.plan.deepspeed is not None:  # gradients are gone by now, their norm is kept
+            _require_gradient(bool(self.trainer.model_wrapped.get_global_grad_norm()))
+            return
+        without = [name for name, parameter in trainable if parameter.grad is None]
+        if without:
+            found = f"{len(without)} of {len(trainable)} trainable tensors got no gradient: {', '.join(without[:8])}"
+            raise NoGradientError(
+                "adapter", found, "train other modules (adapter.targets), or set train.gradient_checkpointing=false"
+            )
+        grads = [local(parameter.grad) for _, parameter in trainable]
+        _require_gradient(sharding.on_any_rank(any(bool(grad.count_nonzero()) for grad in grads), args.device))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(loss):
+            found = f"the loss is {loss} at step {state.global_step}"
+            frozen = ((name, p) for name, p in self.trainer.model.named_parameters() if not p.requires_grad)
+            broken = next((name for name, p in frozen if p.is_floating_point() and not p.isfinite().all()), None)
+            broken = next(filter(None, checkpoint.gathered(broken)), None)  # all ranks are here, and give one reason
+            if broken is not None:
+                raise NoGradientError(
+                    f"model {self.trainer.plan.shape.name}",
+                    f"{broken} holds values that are no numbers",
+                    "copy its weights again",
+                )
+            lr = self.trainer.plan.recipe.train.lr
+            raise NoGradientError(
+                f"train.lr: {lr:g}", found, f"learn more slowly: launch resume RUN train.lr={lr / 10:g}"
+            )
+
+
+def _require_gradient(found: bool) -> None:
+    if not found:
+        raise NoGradientError(
+            "adapter", "every gradient is exactly zero", "check data.max_length and the answers in your data"
+        )
+
+
+def check_world(plan: Plan, trainer: Trainer, rank: int) -> None:
+    """Compare the world that the Trainer found with the plan, before the first step: several libraries fall back to single ranks silently.
+
+    Raises:
+        PreflightError: another number of ranks, or another rank than torchrun gave.
+    """
+    found, place = trainer.accelerator.num_processes, trainer.accelerator.process_index
+    if found != plan.num_processes or trainer.args.world_size != plan.num_processes or place != rank:
+        raise PreflightError(
+            f"{plan.num_processes} ranks",
+            f"the Trainer of rank {rank} sees itself as {place} of {found}",
+            "start the run with: launch RECIPE",
+        )
