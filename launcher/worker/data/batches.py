@@ -19,6 +19,8 @@ from launcher.plan.model import Batching
 from launcher.worker.data.tokens import IGNORED
 
 Batch = dict[str, torch.Tensor]
+# Ranks get less even tokens where the slowest then has at most this share of the work.
+_WORTH_UNEVEN = 0.96
 
 
 class WholeSteps(Dataset[dict[str, Any]]):
@@ -123,9 +125,9 @@ class StepOrder:
 class RankBatches(Sampler[list[int]]):
     """The micro batches of one rank, `accumulation` a step, such that all ranks of a step have about the same number of tokens.
 
-    Packed rows go, the longest first, where least tokens are: packs have any number of rows, and none has more tokens than
-    `micro_batch` of the longest. Rows that are padded keep to micro batches of `micro_batch` rows, of like length one after
-    another, and the ranks share those of each the same way.
+    Neither packs nor padded micro batches have a number of rows that is fixed: none has more tokens, padding and all, than `micro_batch`
+    of the step's longest row. Packed rows go, the longest first, where least tokens are. Rows that are padded lie beside rows of
+    like length: few long ones or many short ones, or as many in each where that leaves less for the slowest rank to do.
     """
 
     def __init__(self, order: StepOrder, micro_batch: int, accumulation: int, rank: int, num_ranks: int) -> None:
@@ -151,26 +153,69 @@ class RankBatches(Sampler[list[int]]):
                 for rank in range(self.num_ranks)
             ]
         rows = sorted(step, key=lambda row: (-self.order.length(row), row))
+        lengths = [self.order.length(row) for row in rows]
+        num = self.num_ranks * self.accumulation
         if self.order.batching == "packed":
-            weights = [self.order.length(row) for row in rows]
-            packs = [[rows[at] for at in pack] for pack in shared(weights, self.num_ranks * self.accumulation)]
-            packs.sort(key=self._tokens, reverse=True)
-            dealt = shared([self._tokens(pack) for pack in packs], self.num_ranks, self.accumulation)
-            return [[packs[at] for at in mine] for mine in dealt]
+            dealt = self._dealt(shared(lengths, num), lengths)
+        else:
+            dealt, cut = self._rounds(lengths), self._dealt(even_slots(lengths, num), lengths)
+            # As many rows in each gives the ranks tokens that are more even.
+            if _slowest(cut, lengths) < _WORTH_UNEVEN * _slowest(dealt, lengths):
+                dealt = cut
+        return [[[rows[at] for at in batch] for batch in batches] for batches in dealt]
+
+    def _dealt(self, parts: list[list[int]], lengths: Sequence[int]) -> list[list[list[int]]]:
+        """As many parts for each rank, such that tokens are even."""
+        weights = [sum(lengths[at] for at in part) for part in parts]
+        order = sorted(range(len(parts)), key=lambda place: -weights[place])
+        mine = shared([weights[place] for place in order], self.num_ranks, self.accumulation)
+        return [[parts[order[at]] for at in of_rank] for of_rank in mine]
+
+    def _rounds(self, lengths: Sequence[int]) -> list[list[list[int]]]:
+        """Micro batches of as many rows each, those of all ranks at a time of like length and even tokens."""
         size = self.micro_batch * self.num_ranks
         rounds = []
-        for place in range(0, len(rows), size):
-            of_round = rows[place : place + size]
-            parts = shared([self.order.length(row) for row in of_round], self.num_ranks, self.micro_batch)
+        for start in range(0, len(lengths), size):
+            parts = shared(lengths[start : start + size], self.num_ranks, self.micro_batch)
+            parts = [[start + at for at in part] for part in parts]
             # The rank that has most of one round gets least of the next.
-            parts.sort(
-                key=lambda part: sum(self.order.length(of_round[at]) for at in part), reverse=bool(len(rounds) % 2)
-            )
-            rounds.append([[of_round[at] for at in part] for part in parts])
-        return [[each[rank] for each in rounds] for rank in range(self.num_ranks)]
+            parts.sort(key=lambda part: sum(lengths[at] for at in part), reverse=bool(len(rounds) % 2))
+            rounds.append(parts)
+        return [[parts[rank] for parts in rounds] for rank in range(self.num_ranks)]
 
-    def _tokens(self, rows: Sequence[int]) -> int:
-        return sum(self.order.length(row) for row in rows)
+
+def _slots(part: Sequence[int], lengths: Sequence[int]) -> int:
+    """Tokens of a padded micro batch of rows, the longest first, padding and all."""
+    return lengths[part[0]] * len(part)
+
+
+def _slowest(dealt: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int]) -> int:
+    """Slots of the rank that has most."""
+    return max(sum(_slots(part, lengths) for part in of_rank) for of_rank in dealt)
+
+
+def even_slots(lengths: Sequence[int], num: int) -> list[list[int]]:
+    """Rows, the longest first, cut into `num` micro batches, none empty, of which the one with most slots has as few as can be."""
+
+    def cut(most: int) -> list[list[int]]:
+        parts: list[list[int]] = []
+        for at in range(len(lengths)):
+            if parts and lengths[parts[-1][0]] * (len(parts[-1]) + 1) <= most:
+                parts[-1].append(at)
+            else:
+                parts.append([at])
+        return parts
+
+    low, high = max(lengths), max(lengths) * math.ceil(len(lengths) / num)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(cut(middle)) <= num else (middle + 1, high)
+    parts = cut(low)
+    while len(parts) < num:
+        largest = max((part for part in parts if len(part) > 1), key=lambda part: _slots(part, lengths))
+        place, half = parts.index(largest), len(largest) // 2
+        parts[place : place + 1] = [largest[:half], largest[half:]]
+    return parts
 
 
 def shared(weights: Sequence[int], num: int, most: int | None = None) -> list[list[int]]:
