@@ -32,6 +32,7 @@ class Family(BaseModel):
     words of the key. `end_tokens` end an answer even where tokenizer and generation config leave them out.
     `code_versions`: the oldest and newest transformers on which code that comes with the weights ran unchanged.
     `own_mask`: its code makes mask and positions from the ids, so rows are padded on the right and come without a mask.
+    `loss_at_labels`: it hands its head's logits to transformers' loss function; `changes_logits`: after doing something to them.
     `no_bf16` is the reason why bf16 is refused. `eager_attention`: its code writes attention out, and keeps
     scores that grow with the square of the length. `defaults`: what transformers takes where the config is silent.
     """
@@ -54,6 +55,8 @@ class Family(BaseModel):
     end_tokens: tuple[str, ...] = ()
     own_mask: bool = False
     packing: bool = True
+    loss_at_labels: bool = True
+    changes_logits: bool = False
     eager_attention: bool = False
     needs_remote_code: bool = False
     code_versions: tuple[str, str] | None = None

@@ -407,7 +407,7 @@ def _remedy(line: str) -> tuple[str, float, str]:
     [
         (
             "RTX 3090",
-            {"model": {"path": SEVEN}, "data": {"max_length": 512}, "train": {"micro_batch": 16}},
+            {"model": {"path": SEVEN}, "data": {"max_length": 2048}, "train": {"micro_batch": 16}},
             {"train.micro_batch=1", "model.quantization=nf4"},
         ),
         (

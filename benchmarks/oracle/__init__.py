@@ -173,6 +173,10 @@ def longest_batch(plan: Plan) -> dict[str, torch.Tensor]:
     packed = plan.batching == "packed"
     ids = torch.ones((1, rows * length) if packed else (rows, length), dtype=torch.long)
     batch = {"input_ids": ids, "labels": torch.ones_like(ids)}
+    if plan.logits != "whole":  # every token but the last of a row is followed by a label
+        from launcher.worker.headloss import PLACES
+
+        batch[PLACES] = torch.arange(rows * (length - 1))
     if packed:
         batch["position_ids"] = torch.arange(length).repeat(rows)[None]
     else:
@@ -206,10 +210,17 @@ def trainer_of(plan: Plan, model: Any, on_cpu: bool = True) -> Any:
 
     from launcher.worker.training import training_arguments
 
+    kind = plan.kind
     if on_cpu:
         device = Device(name="cpu", kind="cpu", memory_bytes=_ENDLESS_BYTES, bf16=True, index=0)
         nodes = (Node(host="localhost", devices=(device,)),)
         plan = plan.model_copy(update={"cluster": plan.cluster.model_copy(update={"nodes": nodes})})
+    if plan.logits != "whole":
+        from launcher.worker.headloss import LossAtLabels
+
+        LossAtLabels(
+            model.get_base_model() if hasattr(model, "get_base_model") else model, plan.logits == "parts", kind
+        )
     arguments = training_arguments(plan, RunDir(Path("oracle")), plan.global_batch)
     if plan.gradient_checkpointing:
         model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from launcher.cluster import GIB
 from launcher.memory.activations import kept_bytes, passing_bytes, untouched_bytes
-from launcher.memory.request import Memory, MemoryRequest
+from launcher.memory.request import Logits, Memory, MemoryRequest, tokens_at_once
 from launcher.memory.states import (
     adapter_bytes,
     gradients_bytes,
@@ -25,6 +25,7 @@ __all__ = [
     "CPU_CONTEXT_BYTES",
     "CUDA_CONTEXT_BYTES",
     "GIB",
+    "Logits",
     "Memory",
     "MemoryRequest",
     "always_bytes",
@@ -33,8 +34,10 @@ __all__ = [
     "ends_bytes",
     "estimate",
     "kept_bytes",
+    "logits_bytes",
     "mask_bytes",
     "passing_bytes",
+    "tokens_at_once",
     "trained_dtype_bytes",
     "untouched_bytes",
     "update_bytes",
@@ -71,17 +74,17 @@ def estimate(request: MemoryRequest) -> Memory:
 
 
 def _moments(request: MemoryRequest) -> Iterator[_Moment]:
-    """The moments of a step at which memory can be fullest, in their order.
-
-    The logits: in the forward pass they are there in the compute dtype, in fp32, and as log-softmax; when the backward
-    pass begins, the log-softmax and two gradients, all fp32.
-    """
-    shape, c = request.shape, request.compute_dtype_bytes
+    """The moments of a step at which memory can be fullest, in their order."""
+    shape = request.shape
     # Gradients fill up during the last backward pass; with accumulation they are there from the second micro batch on.
     gradients = gradients_bytes(request)
     before = gradients if request.accumulation > 1 or request.strategy == "zero3" else 0  # ZeRO-3 reserves their room
-    values = request.num_tokens * shape.vocab_size
-    kept, passing = kept_bytes(request), passing_bytes(request)
+    loss, loss_back = logits_bytes(request)
+    always, written_out = always_bytes(request), dequantized_bytes(request)
+    width = shape.mlp_width * request.compute_dtype_bytes + shape.hidden_size * request.stream_bytes
+    kept = kept_bytes(request)
+    # Where the MLP's activation is undone no weight is written out.
+    passing = max(passing_bytes(request) - written_out, request.num_tokens * width)
     layers = (
         _layer_inputs_bytes(request)
         if request.gradient_checkpointing
@@ -89,15 +92,14 @@ def _moments(request: MemoryRequest) -> Iterator[_Moment]:
     )
     activations = layers + ends_bytes(request) + mask_bytes(request)
     again = kept if request.gradient_checkpointing else 0
-    always, written_out = always_bytes(request), dequantized_bytes(request)
     casts, head_cast, layer_casts = casts_bytes(request)
     embedding, head, held, layer = _gathered_bytes(request)
 
     # The first layers are gathered; the head is gathered; the loss is there; the backward pass begins.
     yield 0, 0, always + 2 * embedding + (2 if held else 1) * layer, before
     yield activations, 0, always + written_out + casts + held + 2 * head + layer, before
-    yield activations, values * (c + 8 if c < 4 else 8), always + casts + held + (2 * head or layer), before
-    yield activations, values * 12, always + (head_cast if again else casts) + held + head, before
+    yield activations, loss, always + casts + held + (2 * head or layer), before
+    yield activations, loss_back, always + (head_cast if again else casts) + held + head, before
     # The last layer goes backward; the one before it is gathered, while gradients leave.
     below = layers - layers // shape.num_layers
     always_back = always + written_out + held + (layer_casts if again else casts - head_cast)
@@ -113,6 +115,20 @@ def _moments(request: MemoryRequest) -> Iterator[_Moment]:
     yield 0, 0, always + held + (2 * embedding if request.full else 0) + layer, gradients
     # The optimizer steps. ZeRO-1 has dropped the gradients of other ranks' parameters by then.
     yield 0, 0, always + update_bytes(request), gradients // (request.shards if request.strategy == "zero1" else 1)
+
+
+def logits_bytes(request: MemoryRequest) -> tuple[int, int]:
+    """The logits while the loss is computed, and when the backward pass begins.
+
+    There in the compute dtype, in fp32, and as log-softmax; then the log-softmax and two gradients, all fp32. In parts: those of a part,
+    with its gradient, and of all tokens the hidden states, those chosen of them and their gradient (`worker/headloss.py`).
+    """
+    c, tokens, vocabulary = request.compute_dtype_bytes, request.num_tokens, request.shape.vocab_size
+    if request.logits != "parts":
+        return tokens * vocabulary * (c + 8 if c < 4 else 8), tokens * vocabulary * 12
+    stream = request.shape.hidden_size * request.stream_bytes
+    at_once = min(tokens, tokens_at_once(vocabulary, request.kind))
+    return at_once * (vocabulary * (c + 4 if c < 4 else 4) + stream) + 3 * tokens * stream, 2 * tokens * stream
 
 
 def _gradient_share(request: MemoryRequest, parameters: int) -> int:

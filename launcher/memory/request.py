@@ -9,13 +9,25 @@ from pydantic import BaseModel, ConfigDict
 from launcher.modelshape import ModelShape
 from launcher.recipe.schema import Adapter
 
+# How the head computes a loss: logits of every token; of those that a label follows; and of these some at a time, never kept.
+Logits = Literal["whole", "labels", "parts"]
+# Logits that are there at once in parts: on a card a quarter GiB in fp32, on a CPU what its caches hold.
+_LOGITS_AT_ONCE = {"cuda": 2**26, "cpu": 2**20}
+_TOKENS_STEP = 64
+
+
+def tokens_at_once(vocab_size: int, kind: str) -> int:
+    """Tokens whose logits are computed together where the loss goes in parts."""
+    return max(1, _LOGITS_AT_ONCE[kind] // vocab_size // _TOKENS_STEP) * _TOKENS_STEP
+
 
 class MemoryRequest(BaseModel):
     """One way to train a model. Bytes are a value's; `sequence_length` in tokens, `micro_batch` in rows of that length.
 
     `weights_dtype_bytes` is that of the base as it lies in memory (what is quantized is counted apart), `adapter` says
     which inputs have to be kept; None is LoRA on the family's own targets without dropout. `accumulation`: micro
-    batches of a step; from the second on the gradients of the first are there.
+    batches of a step; from the second on the gradients of the first are there. Under `logits: labels` every token is counted
+    as one with a label.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -33,6 +45,7 @@ class MemoryRequest(BaseModel):
     batching: Literal["padded", "bucketed", "packed"] = "padded"
     accumulation: int = 2
     gradient_checkpointing: bool = False
+    logits: Logits = "whole"
     strategy: Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp", "device_map"] = "single"
     offload: Literal["none", "optimizer", "parameters"] = "none"
     num_processes: int = 1

@@ -9,6 +9,7 @@ from launcher.cluster import GIB, Cluster
 from launcher.compat import fixes_for, transformers_version
 from launcher.errors import Problem, RecipeError
 from launcher.families import family, template_names
+from launcher.memory import Logits
 from launcher.modelshape import (
     ModelShape,
     module_names,
@@ -33,6 +34,12 @@ from launcher.recipe.rules import unshardable
 
 # Larger micro batches bring no speed on these devices and make the heaviest batch heavier.
 _LARGEST_MICRO_BATCH = {"cuda": 64, "cpu": 8}
+
+_LOGITS: dict[Logits, tuple[str, str]] = {
+    "parts": ("where there are labels, in parts", "the head is not trained, so no logits have to be kept"),
+    "labels": ("where there are labels", "others have no part in the loss"),
+    "whole": ("of every token", "how this model computes its loss is not known here"),
+}
 
 
 class Deciding:
@@ -95,6 +102,7 @@ class Deciding:
             global_batch=recipe.train.global_batch,
             gradient_checkpointing=choice.chosen.gradient_checkpointing,
             batching=batching,
+            logits=question.logits(chosen.strategy),
             memory=choice.chosen.memory,
             time=choice.chosen.time,
             alternatives=choice.alternatives(),
@@ -258,7 +266,8 @@ class Deciding:
             self._problem("data.batching", found)
         if asked != "auto":
             return asked
-        self._decide("data.batching", "bucketed", "rows of like length leave little padding in every family")
+        because = "rows of like length leave little padding, and a pack's mask grows with the square of its length"
+        self._decide("data.batching", "bucketed", because)
         return "bucketed"
 
     def _options(self, question: Question, strategies: list[str]) -> list[Option]:
@@ -325,6 +334,7 @@ class Deciding:
             if option.schedule == "pipelined":
                 because = f"the fastest that fits: {why_micro_batches(question, choice.chosen, self._sizes(1))}"
             self._decide("train.micro_batch", str(option.micro_batch), because)
+        self._decide("logits", *_LOGITS[question.logits(option.strategy)])
         if recipe.train.gradient_checkpointing == "auto":
             value, because = "false", "everything fits without computing layers twice"
             if choice.chosen.stages and choice.chosen.gradient_checkpointing:

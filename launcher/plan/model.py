@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from launcher.cluster import Cluster
 from launcher.errors import UsageError
-from launcher.memory import Memory
+from launcher.memory import Logits, Memory
 from launcher.modelshape import ModelShape
 from launcher.native import Native
 from launcher.pipeline import Order
@@ -101,6 +101,7 @@ class Plan(BaseModel):
         weights_dtype: precision in which the base weights lie in memory (dtype is that of the computation).
         targets: module names that get an adapter; `all-linear`; or empty for full training.
         micro_batch, accumulation, global_batch: rows; global = num_processes × micro × accumulation.
+        logits: of which tokens the head computes them in training (`launcher.memory`).
         memory: bytes of one device, the fullest.
         time: seconds of a step with every row at data.max_length.
         alternatives: the chosen way, then the best of every other kind that was open.
@@ -134,6 +135,7 @@ class Plan(BaseModel):
     global_batch: int
     gradient_checkpointing: bool
     batching: Batching
+    logits: Logits = "whole"
     memory: Memory
     time: StepTime
     alternatives: tuple[Alternative, ...]

@@ -17,6 +17,7 @@ from launcher.memory import (
     ends_bytes,
     estimate,
     kept_bytes,
+    logits_bytes,
     mask_bytes,
     passing_bytes,
     trained_dtype_bytes,
@@ -48,7 +49,7 @@ def moments(request: MemoryRequest, recompute: bool) -> tuple[Moment, ...]:
     backward; the first does; the optimizer steps. What comes and goes leaves gaps in a card's allocator.
     """
     layer, embedding, head = _parts(request)
-    shape, c, again = request.shape, request.compute_dtype_bytes, int(recompute)
+    shape, again = request.shape, int(recompute)
     stream = request.num_tokens * shape.hidden_size * request.stream_bytes
     kept, passing = kept_bytes(request), passing_bytes(request)
     once = always_bytes(request) + mask_bytes(request) + _positions_bytes(request)
@@ -56,7 +57,7 @@ def moments(request: MemoryRequest, recompute: bool) -> tuple[Moment, ...]:
     casts = (casts - head_cast) // shape.num_layers  # of each layer; a layer that is computed again makes its own again
     flying = stream if recompute else kept
     spared = 0 if recompute else untouched_bytes(request)
-    values, behind = request.num_tokens * shape.vocab_size, ends_bytes(request) + head_cast
+    (loss, loss_back), behind = logits_bytes(request), ends_bytes(request) + head_cast
 
     def moment(keeps: int, works: int, first: int, last: int, each: int) -> Moment:
         return Moment(
@@ -73,8 +74,8 @@ def moments(request: MemoryRequest, recompute: bool) -> tuple[Moment, ...]:
     first_layer = once_in_layers + passing + kept + stream + layer_cast - layer.missing
     step = [part.missing + part.update for part in (layer, embedding, head)]
     return (
-        moment(flying, once, -spared, values * (c + 8 if c < 4 else 8) + behind, casts),
-        moment(flying, once, -spared, values * 12 + behind, there),
+        moment(flying, once, -spared, loss + behind, casts),
+        moment(flying, once, -spared, loss_back + behind, there),
         moment(flying, last_layer, -spared, head.missing, there),
         moment(0, first_layer, 0, head.missing, layer.missing),
         moment(0, 0, step[1], step[2], step[0]),

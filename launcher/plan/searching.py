@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from launcher.cluster import Cluster, Device
-from launcher.memory import Memory, MemoryRequest, estimate
-from launcher.modelshape import ModelShape
+from launcher.families import family
+from launcher.memory import Logits, Memory, MemoryRequest, estimate
+from launcher.modelshape import ModelShape, trains_head
 from launcher.pipeline import Order
 from launcher.placement import Schedule
 from launcher.plan.model import DTYPE_BYTES, Alternative, Batching, Dtype, Plan, StagePlan, budget_bytes
@@ -102,6 +103,17 @@ class Question:
             return self.dtype
         return "fp32"
 
+    def logits(self, strategy: str) -> Logits:
+        """How the loss gets its logits: known families alone hand them from the head to the loss, and most as they are.
+
+        Under FSDP2 the head stays gathered while layers go backward, which is not in the plan's moments yet; there it is not used.
+        """
+        known = family(self.shape.family)
+        if self.shape.remote_code or not known.loss_at_labels:
+            return "whole"
+        whole_head = known.changes_logits or strategy == "fsdp" or trains_head(self.shape, self.recipe.adapter)
+        return "labels" if whole_head else "parts"
+
     def price(self, option: Option) -> Candidate:
         """Memory and time of an option."""
         request = self.request(option)
@@ -164,6 +176,7 @@ class Question:
             batching=self.batching,
             accumulation=self.accumulation(option),
             gradient_checkpointing=bool(option.gradient_checkpointing),
+            logits=self.logits(option.strategy),
             strategy=option.strategy,
             offload=recipe.strategy.offload,
             num_processes=self.cluster.num_devices,

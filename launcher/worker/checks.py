@@ -1,4 +1,4 @@
-"""What a run must show to go on: gradients in its first step, and a loss that is a number."""
+"""What a run must show to go on: the world that was planned, gradients in its first step, and a loss that is a number."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
-from launcher.errors import LaunchError
+from launcher.errors import LaunchError, PreflightError
+from launcher.plan import Plan
 from launcher.worker import checkpoint, sharding
 from launcher.worker.code_trial import Recomputation
 from launcher.worker.dtensors import local
@@ -98,4 +99,19 @@ def _require_gradient(found: bool) -> None:
     if not found:
         raise NoGradientError(
             "adapter", "every gradient is exactly zero", "check data.max_length and the answers in your data"
+        )
+
+
+def check_world(plan: Plan, trainer: Trainer, rank: int) -> None:
+    """Compare the world that the Trainer found with the plan, before the first step: several libraries fall back to single ranks silently.
+
+    Raises:
+        PreflightError: another number of ranks, or another rank than torchrun gave.
+    """
+    found, place = trainer.accelerator.num_processes, trainer.accelerator.process_index
+    if found != plan.num_processes or trainer.args.world_size != plan.num_processes or place != rank:
+        raise PreflightError(
+            f"{plan.num_processes} ranks",
+            f"the Trainer of rank {rank} sees itself as {place} of {found}",
+            "start the run with: launch RECIPE",
         )

@@ -1,7 +1,7 @@
 """transformers.Trainer, configured by the Plan, and the few overrides it needs.
 
-Overridden: the order of rows (resumable), evaluation (weighted by tokens), saving and loading (our checkpoints). Everything else,
-the loop, accumulation, token-normalised loss, clipping, mixed precision, DDP, is the library's.
+Overridden: which rows a rank gets (resumable, even), evaluation (weighted by tokens), saving and loading (our checkpoints). Everything
+else, the loop, accumulation, token-normalised loss, clipping, mixed precision, DDP, is the library's.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from launcher.errors import PreflightError
 from launcher.families import family
 from launcher.plan import Plan, steps_per_epoch, total_steps
 from launcher.rundir import RunDir
@@ -28,10 +28,11 @@ from launcher.worker.asking import Asking
 from launcher.worker.byshard import weights_in
 from launcher.worker.checkpoint import partitions
 from launcher.worker.checkpoint.foreign import NotReadableError, moments_to_begin_with
-from launcher.worker.checks import FirstBadStep, FirstStepCheck
-from launcher.worker.data.batches import Batch, StepOrder, WholeSteps, collator
+from launcher.worker.checks import FirstBadStep, FirstStepCheck, check_world
+from launcher.worker.data.batches import Batch, RankBatches, StepOrder, WholeSteps, collator
 from launcher.worker.data.tokens import IGNORED
 from launcher.worker.flow import Beat, Epochs, Flow
+from launcher.worker.headloss import PLACES, LossAtLabels, at_labels
 from launcher.worker.loading import find_checkpoint
 from launcher.worker.metrics import Metrics
 from launcher.worker.prepared import Prepared
@@ -94,15 +95,16 @@ class PlannedTrainer(Trainer):
         self.pulse = pulse
         self.train_rows, self.eval_rows = parts["train"], parts["eval"]
         collate = collator(plan.batching, prepared.pad_token_id, family(plan.shape.family).own_mask)
+        self.at_labels = self._loss_at_labels(parts["model"])
+        if self.at_labels is not None:
+            collate = at_labels(collate)
         arguments = training_arguments(plan, run, len(self.train_rows))
         rows = WholeSteps(self.train_rows, plan.global_batch)
         super().__init__(model=parts["model"], args=arguments, train_dataset=rows, data_collator=collate)
         if plan.strategy == "fsdp":
             # Precision and no more: a model that accelerate has prepared it does not wrap in DDP.
             self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
-        self.order = StepOrder(
-            self.train_rows["length"][:], plan.global_batch, plan.recipe.train.seed, plan.batching == "bucketed"
-        )
+        self.order = StepOrder(self.train_rows["length"][:], plan.global_batch, plan.recipe.train.seed, plan.batching)
         self.metrics = Metrics(run, plan, prepared, self.args.device)
         check_world(plan, self, pulse.rank)
         self.requests = Requests(run)
@@ -122,8 +124,27 @@ class PlannedTrainer(Trainer):
             self.add_callback(adapters.AdaLoraRanks())
             self.add_callback(RankLog(self.metrics))
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> StepOrder:
-        return self.order
+    def _loss_at_labels(self, model: Any) -> LossAtLabels | None:
+        """What computes the loss, where that is not the model as it is."""
+        if self.plan.logits == "whole":
+            return None
+        whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return LossAtLabels(whole, self.plan.logits == "parts", self.plan.kind)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """This rank's micro batches. accelerate is not asked to deal them out: it wants all of one size, and knows nothing of tokens."""
+        plan, args = self.plan, self.args
+        dealt = RankBatches(self.order, plan.micro_batch, plan.accumulation, args.process_index, args.world_size)
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=dealt,
+            collate_fn=self.data_collator,
+            pin_memory=args.dataloader_pin_memory,
+        )
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        """On the device; out of pinned memory nobody waits for the copy."""
+        return {name: part.to(self.args.device, non_blocking=True) for name, part in inputs.items()}
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         self.metrics.counters.add(inputs)
@@ -173,13 +194,11 @@ class PlannedTrainer(Trainer):
             # which does not count.
             for start in range(0, len(order), size * num_ranks):
                 mine = order[start + rank * size :][:size]
-                batch = self.data_collator([rows[row] for row in mine or order[-1:]])
-                batch = self._prepare_inputs(batch)
-                labels = batch.pop("labels")[:, 1:] if mine else batch.pop("labels")[:, 1:].fill_(IGNORED)
-                logits = self.model(**batch).logits[:, :-1].float()
-                labels = labels.to(logits.device)  # under a device map the head need not lie where the rows go
-                loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-                total += torch.stack([loss.double(), (labels != IGNORED).sum().double()]).to(total.device)
+                batch = self._prepare_inputs(self.data_collator([rows[row] for row in mine or order[-1:]]))
+                if not mine:
+                    batch = {name: part for name, part in batch.items() if name != PLACES}
+                    batch["labels"].fill_(IGNORED)
+                total += torch.stack(self._summed_loss(batch)).to(total)
                 self.pulse.beat()
         # Without a backward pass the last weights that were gathered stay whole, or on their way.
         if isinstance(self.model, FSDPModule):
@@ -187,6 +206,18 @@ class PlannedTrainer(Trainer):
         elif self.plan.strategy == "zero3":
             self.model_wrapped.empty_partition_cache()
         return total
+
+    def _summed_loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss over the supervised tokens of a batch, without what an adapter adds to it; and how many these are."""
+        labels = batch["labels"][:, 1:]
+        num = (labels != IGNORED).sum()
+        if self.at_labels is not None:
+            self.model(**batch)
+            return self.at_labels.summed.to(num.device), num
+        logits = self.model(**{name: part for name, part in batch.items() if name != "labels"}).logits[:, :-1].float()
+        labels = labels.to(logits.device)  # under a device map the head need not lie where the rows go
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return loss.to(num.device), num
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.pulse.beat("save")
@@ -317,18 +348,3 @@ class RankLog(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **_: Any) -> None:
         if logs and "loss" in logs:
             self.metrics.ranks(state.global_step, list(adapters.active_ranks(model).values()))
-
-
-def check_world(plan: Plan, trainer: Trainer, rank: int) -> None:
-    """Compare the world that the Trainer found with the plan, before the first step: several libraries fall back to single ranks silently.
-
-    Raises:
-        PreflightError: another number of ranks, or another rank than torchrun gave.
-    """
-    found, place = trainer.accelerator.num_processes, trainer.accelerator.process_index
-    if found != plan.num_processes or trainer.args.world_size != plan.num_processes or place != rank:
-        raise PreflightError(
-            f"{plan.num_processes} ranks",
-            f"the Trainer of rank {rank} sees itself as {place} of {found}",
-            "start the run with: launch RECIPE",
-        )

@@ -1,10 +1,13 @@
-"""The prepared dataset in, micro batches out, in an order that depends on (seed, epoch, global batch) alone.
+"""The prepared dataset in, micro batches out: which rows a step has (`StepOrder`), and which rank gets which of them (`RankBatches`).
 
-So a resumed run, and one on another number of ranks, sees the rows of every step as the uninterrupted run does.
+The rows of a step depend on (seed, epoch, global batch) alone. So a resumed run, and one on another number of ranks, sees the rows of
+every step as the uninterrupted run does.
 """
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -12,9 +15,12 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from launcher.plan.model import Batching
 from launcher.worker.data.tokens import IGNORED
 
 Batch = dict[str, torch.Tensor]
+# Ranks get less even tokens where the slowest then has at most this share of the work.
+_WORTH_UNEVEN = 0.96
 
 
 class WholeSteps(Dataset[dict[str, Any]]):
@@ -51,21 +57,24 @@ class WholeSteps(Dataset[dict[str, Any]]):
         return {**row, "labels": [IGNORED] * len(row["labels"])}
 
 
-class StepOrder(Sampler[int]):
-    """Row numbers of an epoch, in whole steps: numbers past the last row stand for rows that teach nothing (`WholeSteps`).
+class StepOrder:
+    """Row numbers of the steps of an epoch. Numbers past the last row stand for rows that teach nothing (`WholeSteps`).
+
+    The first step of a run is its heaviest, so that what will not fit in memory fails at once.
 
     Args:
         lengths: tokens of every row.
         global_batch: rows of one optimizer step.
         seed: with the epoch it decides the order.
-        bucketed: put rows of like length into the same step, so that little is padded and ranks wait little for each other.
+        batching: `bucketed` puts rows of like length into the same step, so that little is padded and ranks wait little for each other.
     """
 
-    def __init__(self, lengths: Sequence[int], global_batch: int, seed: int, bucketed: bool) -> None:
+    def __init__(self, lengths: Sequence[int], global_batch: int, seed: int, batching: Batching) -> None:
         self.lengths = lengths
+        self.shortest = min(lengths, default=0)
         self.global_batch = global_batch
         self.seed = seed
-        self.bucketed = bucketed
+        self.batching = batching
         self.epoch = 0
 
     def go_to(self, epoch: int) -> None:
@@ -73,28 +82,152 @@ class StepOrder(Sampler[int]):
         where batches are skipped on several ranks it does not call it."""
         self.epoch = epoch
 
+    def length(self, row: int) -> int:
+        """Tokens of a row; one that teaches nothing is as long as the shortest."""
+        return self.lengths[row] if row < len(self.lengths) else self.shortest
+
     def __len__(self) -> int:
-        return -(-len(self.lengths) // self.global_batch) * self.global_batch
+        """Steps of an epoch."""
+        return math.ceil(len(self.lengths) / self.global_batch)
 
-    def __iter__(self) -> Iterator[int]:
-        return iter([*self._rows(), *range(len(self.lengths), len(self))])
-
-    def _rows(self) -> list[int]:
+    def steps(self) -> list[list[int]]:
+        """The rows of every step of the epoch."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order: list[int] = torch.randperm(len(self.lengths), generator=generator).tolist()
-        if not self.bucketed:
-            return order
-        num_steps = -(-len(order) // self.global_batch)
+        steps = self._bucketed(order, generator) if self.batching == "bucketed" else self._cut(order)
+        if self.epoch == 0 and len(steps) > 1:
+            whole = len(steps) - (len(steps[-1]) < self.global_batch)
+            heaviest = max(range(whole), key=lambda place: self._weight(steps[place]))
+            steps[0], steps[heaviest] = steps[heaviest], steps[0]
+        steps[-1] += range(len(self.lengths), len(self) * self.global_batch)
+        return steps
+
+    def _cut(self, rows: Sequence[int]) -> list[list[int]]:
+        return [list(rows[place : place + self.global_batch]) for place in range(0, len(rows), self.global_batch)]
+
+    def _bucketed(self, order: Sequence[int], generator: torch.Generator) -> list[list[int]]:
         # Windows of at most 50 steps and at least four an epoch: the rows that share a step change from epoch to epoch.
-        window = self.global_batch * max(1, min(50, num_steps // 4))
+        window = self.global_batch * max(1, min(50, len(self) // 4))
         steps: list[list[int]] = []
         for start in range(0, len(order), window):
-            rows = sorted(order[start : start + window], key=lambda row: -self.lengths[row])
-            steps += [rows[place : place + self.global_batch] for place in range(0, len(rows), self.global_batch)]
+            steps += self._cut(sorted(order[start : start + window], key=lambda row: -self.lengths[row]))
         whole = [step for step in steps if len(step) == self.global_batch]
         rest = [row for step in steps if len(step) < self.global_batch for row in step]
         shuffled = torch.randperm(len(whole), generator=generator).tolist()
-        return [row for place in shuffled for row in whole[place]] + rest
+        return [whole[place] for place in shuffled] + ([rest] if rest else [])
+
+    def _weight(self, step: Sequence[int]) -> int:
+        """What a step's memory grows with: the tokens of a pack, the longest row of padded ones."""
+        lengths = [self.lengths[row] for row in step]
+        return sum(lengths) if self.batching == "packed" else max(lengths)
+
+
+class RankBatches(Sampler[list[int]]):
+    """The micro batches of one rank, `accumulation` a step, such that all ranks of a step have about the same number of tokens.
+
+    Neither packs nor padded micro batches have a number of rows that is fixed: none has more tokens, padding and all, than `micro_batch`
+    of the step's longest row. Packed rows go, the longest first, where least tokens are. Rows that are padded lie beside rows of
+    like length: few long ones or many short ones, or as many in each where that leaves less for the slowest rank to do.
+    """
+
+    def __init__(self, order: StepOrder, micro_batch: int, accumulation: int, rank: int, num_ranks: int) -> None:
+        self.order = order
+        self.micro_batch = micro_batch
+        self.accumulation = accumulation
+        self.rank, self.num_ranks = rank, num_ranks
+
+    def __len__(self) -> int:
+        return len(self.order) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.order.steps():
+            yield from self.divided(step)[self.rank]
+
+    def divided(self, step: Sequence[int]) -> list[list[list[int]]]:
+        """Of every rank the micro batches of a step."""
+        if self.order.batching == "padded":  # as they come
+            size = self.micro_batch * self.num_ranks
+            rounds = [step[place : place + size] for place in range(0, len(step), size)]
+            return [
+                [list(each[rank * self.micro_batch :][: self.micro_batch]) for each in rounds]
+                for rank in range(self.num_ranks)
+            ]
+        rows = sorted(step, key=lambda row: (-self.order.length(row), row))
+        lengths = [self.order.length(row) for row in rows]
+        num = self.num_ranks * self.accumulation
+        if self.order.batching == "packed":
+            dealt = self._dealt(shared(lengths, num), lengths)
+        else:
+            dealt, cut = self._rounds(lengths), self._dealt(even_slots(lengths, num), lengths)
+            # As many rows in each gives the ranks tokens that are more even.
+            if _slowest(cut, lengths) < _WORTH_UNEVEN * _slowest(dealt, lengths):
+                dealt = cut
+        return [[[rows[at] for at in batch] for batch in batches] for batches in dealt]
+
+    def _dealt(self, parts: list[list[int]], lengths: Sequence[int]) -> list[list[list[int]]]:
+        """As many parts for each rank, such that tokens are even."""
+        weights = [sum(lengths[at] for at in part) for part in parts]
+        order = sorted(range(len(parts)), key=lambda place: -weights[place])
+        mine = shared([weights[place] for place in order], self.num_ranks, self.accumulation)
+        return [[parts[order[at]] for at in of_rank] for of_rank in mine]
+
+    def _rounds(self, lengths: Sequence[int]) -> list[list[list[int]]]:
+        """Micro batches of as many rows each, those of all ranks at a time of like length and even tokens."""
+        size = self.micro_batch * self.num_ranks
+        rounds = []
+        for start in range(0, len(lengths), size):
+            parts = shared(lengths[start : start + size], self.num_ranks, self.micro_batch)
+            parts = [[start + at for at in part] for part in parts]
+            # The rank that has most of one round gets least of the next.
+            parts.sort(key=lambda part: sum(lengths[at] for at in part), reverse=bool(len(rounds) % 2))
+            rounds.append(parts)
+        return [[parts[rank] for parts in rounds] for rank in range(self.num_ranks)]
+
+
+def _slots(part: Sequence[int], lengths: Sequence[int]) -> int:
+    """Tokens of a padded micro batch of rows, the longest first, padding and all."""
+    return lengths[part[0]] * len(part)
+
+
+def _slowest(dealt: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int]) -> int:
+    """Slots of the rank that has most."""
+    return max(sum(_slots(part, lengths) for part in of_rank) for of_rank in dealt)
+
+
+def even_slots(lengths: Sequence[int], num: int) -> list[list[int]]:
+    """Rows, the longest first, cut into `num` micro batches, none empty, of which the one with most slots has as few as can be."""
+
+    def cut(most: int) -> list[list[int]]:
+        parts: list[list[int]] = []
+        for at in range(len(lengths)):
+            if parts and lengths[parts[-1][0]] * (len(parts[-1]) + 1) <= most:
+                parts[-1].append(at)
+            else:
+                parts.append([at])
+        return parts
+
+    low, high = max(lengths), max(lengths) * math.ceil(len(lengths) / num)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(cut(middle)) <= num else (middle + 1, high)
+    parts = cut(low)
+    while len(parts) < num:
+        largest = max((part for part in parts if len(part) > 1), key=lambda part: _slots(part, lengths))
+        place, half = parts.index(largest), len(largest) // 2
+        parts[place : place + 1] = [largest[:half], largest[half:]]
+    return parts
+
+
+def shared(weights: Sequence[int], num: int, most: int | None = None) -> list[list[int]]:
+    """Places of weights, given from heavy to light, in `num` parts of at most `most`, each put where the sum is least."""
+    parts: list[list[int]] = [[] for _ in range(num)]
+    open_ = [(0, place) for place in range(num)]
+    for at, weight in enumerate(weights):
+        total, place = heapq.heappop(open_)
+        parts[place].append(at)
+        if len(parts[place]) != most:
+            heapq.heappush(open_, (total + weight, place))
+    return parts
 
 
 def collator(batching: str, pad_token_id: int, own_mask: bool = False) -> Callable[[list[dict[str, Any]]], Batch]:

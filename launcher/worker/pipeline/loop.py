@@ -18,6 +18,7 @@ from transformers import TrainerState
 from launcher.plan import Plan, steps_per_epoch
 from launcher.rundir import RunDir
 from launcher.worker import checkpoint
+from launcher.worker.headloss import LossAtLabels
 from launcher.worker.pipeline.cutting import Stage, build_stage, prove, stream_dtype
 from launcher.worker.pipeline.saving import read_rng_state, write_part, write_rng_state
 from launcher.worker.pipeline.schedule import Pipeline, micro_batches
@@ -70,6 +71,9 @@ class PipelinedTrainer(PlannedTrainer):
         # Stages that draw the same random numbers would drop the same values in every layer.
         torch.manual_seed(plan.recipe.train.seed * len(plan.stages) + pulse.rank)
 
+    def _loss_at_labels(self, model: Any) -> LossAtLabels | None:
+        return super()._loss_at_labels(model) if self.stage.planned.head else None
+
     @property
     def called(self) -> torch.nn.Module:
         return self.stage
@@ -87,15 +91,13 @@ class PipelinedTrainer(PlannedTrainer):
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         if self.args.eval_on_start:
             self.evaluate()
-        order, per_epoch = self._get_train_sampler(), steps_per_epoch(self.plan, len(self.train_rows))
-        global_batch = self.plan.global_batch
+        per_epoch, global_batch = steps_per_epoch(self.plan, len(self.train_rows)), self.plan.global_batch
         while not self.control.should_training_stop:
             epoch, place = divmod(self.state.global_step, per_epoch)
-            if place == 0 or self._numbers is None:
-                order.go_to(epoch)
-                self._numbers = list(order)
-            chosen = self._numbers[place * global_batch : (place + 1) * global_batch]
-            logs = self._step([self.train_dataset[number] for number in chosen])
+            if place == 0 or self._steps is None:
+                self.order.go_to(epoch)
+                self._steps = self.order.steps()
+            logs = self._step([self.train_dataset[number] for number in self._steps[place]])
             self.state.global_step += 1
             self.state.epoch = epoch + min(1.0, (place + 1) * global_batch / len(self.train_rows))
             self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
@@ -122,7 +124,7 @@ class PipelinedTrainer(PlannedTrainer):
         self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
         self._loss = torch.zeros((), device=self.args.device)
         self._logged_step = self.state.global_step
-        self._numbers: list[int] | None = None
+        self._steps: list[list[int]] | None = None
         self.control.should_training_stop = self.state.global_step >= self.state.max_steps
         self.stage.train()
 
