@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,10 @@ def handshake(nodes: SeveralNodes, tell: Callable[[dict[str, Any]], None]) -> No
         "paths": _needed(plan),
         "packages": _packages(plan),
     }
-    asked = {one.rank: {**look, "rank": one.rank} for one in nodes.connections}
+    firsts = [0, *accumulate(len(one.node.devices) for one in nodes.connections)]
+    asked = {
+        one.rank: {**look, "rank": one.rank, "ranks": firsts[one.rank : one.rank + 2]} for one in nodes.connections
+    }
     looked = nodes.ask("looked", plan.recipe.launch.ssh.timeout_s + _LOOK_SECONDS, asked)
     own: dict[str, Any] = {"python": platform.python_version(), "launcher": launcher.__version__, "code": code_hash()}
     own["packages"] = {name: _version(name) for name in _packages(plan)}

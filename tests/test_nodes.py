@@ -240,6 +240,7 @@ def test_an_agent_ends_what_it_started(run: RunDir, how: str) -> None:
         "do": "look",
         "run": str(run.path),
         "rank": 1,
+        "ranks": [2, 3],
         "word": "w",
         "kind": "cpu",
         "cwd": "/",
