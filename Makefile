@@ -24,6 +24,7 @@ bench:              ## the results pages of this machine
 	python benchmarks/loading_memory.py
 	python benchmarks/memory_honesty.py
 	python benchmarks/pipeline.py
+	python benchmarks/many_nodes.py
 
 schema:             ## what editors complete recipes with
 	launch schema recipes/schema.json
