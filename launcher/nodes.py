@@ -114,7 +114,13 @@ def connecting_command(plan: Plan, node: Node) -> NodeCommand:
     ssh = plan.recipe.launch.ssh
     options = ["BatchMode=yes", f"ConnectTimeout={ssh.timeout_s}", "ServerAliveInterval=5", "ServerAliveCountMax=3"]
     # A connection of its own, which ends with this process: a shared one would outlive it.
-    options += ["ControlMaster=no", "ControlPath=none", "ClearAllForwardings=yes", "LogLevel=ERROR"]
+    options += [
+        "ControlMaster=no",
+        "ControlPath=none",
+        "ClearAllForwardings=yes",
+        "RemoteCommand=none",
+        "LogLevel=ERROR",
+    ]
     argv = ["ssh", "-T", *(word for option in options for word in ("-o", option))]
     argv += ["-p", str(ssh.port)] if ssh.port else []
     argv += ["-i", os.path.expanduser(ssh.key)] if ssh.key else []
