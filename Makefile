@@ -27,6 +27,7 @@ bench:              ## the results pages of this machine
 	python benchmarks/device_maps.py
 	python benchmarks/checkpoint_stall.py
 	# python benchmarks/chaos.py, which takes an hour or more
+	python benchmarks/many_nodes.py
 
 schema:             ## what editors complete recipes with
 	launch schema recipes/schema.json

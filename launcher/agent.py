@@ -47,7 +47,7 @@ class Agent:
 
     def __init__(self) -> None:
         self.run = RunDir(Path())
-        self.rank = 0
+        self.rank, self.ranks = 0, range(0)
         self.word = ""
         self.heard = time.monotonic()
         self.process: subprocess.Popen[bytes] | None = None
@@ -96,11 +96,13 @@ class Agent:
         """What is here.
 
         Args:
-            asked: `run`, the run directory; `rank` of this node; `word`, which stands in a file that the launcher has just written there;
+            asked: `run`, the run directory; `rank` of this node, and the first of its `ranks` and the first
+                of the next node's; `word`, which stands in a file that the launcher has just written there;
                 `kind`, cuda or cpu; `cwd`, from which relative paths count; `paths` of data and model, which have to be here, too;
                 `packages`, whose versions are wanted.
         """
         self.run, self.rank, self.word = RunDir(Path(asked["run"])), asked["rank"], asked["word"]
+        self.ranks = range(*asked["ranks"])
         with contextlib.suppress(OSError):
             os.chdir(asked["cwd"])
         return {
@@ -154,7 +156,7 @@ class Agent:
             return
         process, self.process = self.process, None
         code = process.poll()
-        end(process, recorded(self.run, self.rank))
+        end(process, recorded(self.run, self.rank, self.ranks))
         say(event="ended", code=process.returncode if code is None else code)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from launcher.command import Rendezvous
 from launcher.errors import PreflightError
 from launcher.nodes import Connection, SeveralNodes, all_of
 from launcher.plan import Plan
+from launcher.preflight.finding import size
 from launcher.report import last_lines
 from launcher.rundir import write_atomic
 
@@ -60,7 +62,10 @@ def handshake(nodes: SeveralNodes, tell: Callable[[dict[str, Any]], None]) -> No
         "paths": _needed(plan),
         "packages": _packages(plan),
     }
-    asked = {one.rank: {**look, "rank": one.rank} for one in nodes.connections}
+    firsts = [0, *accumulate(len(one.node.devices) for one in nodes.connections)]
+    asked = {
+        one.rank: {**look, "rank": one.rank, "ranks": firsts[one.rank : one.rank + 2]} for one in nodes.connections
+    }
     looked = nodes.ask("looked", plan.recipe.launch.ssh.timeout_s + _LOOK_SECONDS, asked)
     own: dict[str, Any] = {"python": platform.python_version(), "launcher": launcher.__version__, "code": code_hash()}
     own["packages"] = {name: _version(name) for name in _packages(plan)}
@@ -137,10 +142,13 @@ def _compared(
             f"{one.name}: {path}", "is not there", "copy it there, to the same path, or share its folder"
         )
     if nodes.plan.kind == "cuda":
-        yield from _other_cards(one, [Device.model_validate(device) for device in found["devices"]])
+        yield from _other_cards(
+            one, nodes.plan.memory.total_bytes, [Device.model_validate(device) for device in found["devices"]]
+        )
 
 
-def _other_cards(one: Connection, there: list[Device]) -> Iterator[PreflightError]:
+def _other_cards(one: Connection, needed: int, there: list[Device]) -> Iterator[PreflightError]:
+    """Fewer cards, others, or fuller ones than planned; `needed` bytes on each."""
     wanted = max(device.index for device in one.node.devices) + 1
     if len(there) < wanted:
         name = one.node.host
@@ -151,6 +159,9 @@ def _other_cards(one: Connection, there: list[Device]) -> Iterator[PreflightErro
         if not same_card(planned, there[planned.index]):
             found = f"card {planned.index} is {there[planned.index].name}, planned is {planned.name}"
             yield PreflightError(one.name, found, "name what is there in `hardware`, or leave it out: --exclude")
+        elif (free := there[planned.index].memory_bytes - there[planned.index].reserved_bytes) < needed:
+            found = f"card {planned.index} has {size(free)} free, {size(needed)} are planned"
+            yield PreflightError(one.name, found, "end what uses it (there: nvidia-smi), or leave it out: --exclude")
 
 
 def _meet(nodes: SeveralNodes, looked: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:

@@ -33,6 +33,7 @@ _POLL_SECONDS = 0.05
 _LAST_WORDS_SECONDS = 3.0
 # An agent takes up to eight to end what it started.
 _END_SECONDS = 10.0
+_ERRORS_SHOWN = 12
 # What other hosts are told of this one's environment, beside what a command sets itself. Over ssh's own channel, never on a command line.
 TRAVELS = (
     "CUDA_",
@@ -113,7 +114,13 @@ def connecting_command(plan: Plan, node: Node) -> NodeCommand:
     ssh = plan.recipe.launch.ssh
     options = ["BatchMode=yes", f"ConnectTimeout={ssh.timeout_s}", "ServerAliveInterval=5", "ServerAliveCountMax=3"]
     # A connection of its own, which ends with this process: a shared one would outlive it.
-    options += ["ControlMaster=no", "ControlPath=none", "ClearAllForwardings=yes", "LogLevel=ERROR"]
+    options += [
+        "ControlMaster=no",
+        "ControlPath=none",
+        "ClearAllForwardings=yes",
+        "RemoteCommand=none",
+        "LogLevel=ERROR",
+    ]
     argv = ["ssh", "-T", *(word for option in options for word in ("-o", option))]
     argv += ["-p", str(ssh.port)] if ssh.port else []
     argv += ["-i", os.path.expanduser(ssh.key)] if ssh.key else []
@@ -223,9 +230,11 @@ def _message(line: bytes | str) -> dict[str, Any]:
 
 
 def all_of(problems: Sequence[PreflightError]) -> PreflightError:
-    """Several errors as one."""
+    """Several errors as one; of very many the first."""
     first, *others = problems
-    return PreflightError(first.you_set, first.found, "\n".join([first.to_type, *map(str, others)]))
+    more = [f"and {len(others) - _ERRORS_SHOWN} more"] if len(others) > _ERRORS_SHOWN else []
+    lines = [first.to_type, *map(str, others[:_ERRORS_SHOWN]), *more]
+    return PreflightError(first.you_set, first.found, "\n".join(lines))
 
 
 class SeveralNodes:

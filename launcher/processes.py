@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,14 @@ def end(process: subprocess.Popen[bytes], recorded: list[dict[str, Any]]) -> Non
             os.kill(beat["pid"], signal.SIGKILL)
 
 
-def recorded(run: RunDir, node: int = 0) -> list[dict[str, Any]]:
-    """pid and start time of every process of a node that has shown a sign of life; they say nothing about another host's processes."""
-    beats = [read_json(path) for path in run.heartbeats.glob("*.json")]
-    return [beat for beat in beats if beat and beat.get("node", 0) == node]
+def recorded(run: RunDir, node: int = 0, ranks: Iterable[int] | None = None) -> list[dict[str, Any]]:
+    """pid and start time of every process of a node that has shown a sign of life; they say nothing about another host's processes.
+
+    Args:
+        ranks: of that node, where they are known: among hundreds of nodes each then reads its own files.
+    """
+    own = [run.node_heartbeat(node), *map(run.heartbeat, ranks)] if ranks is not None else run.heartbeats.glob("*.json")
+    return [beat for path in own if (beat := read_json(path)) and beat.get("node", 0) == node]
 
 
 def count_oom_kills(run: RunDir) -> None:

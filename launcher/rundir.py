@@ -12,6 +12,7 @@ export/            merged weights                run.lock         held while a l
 save-now           made by anybody: a checkpoint when this step is done
 stop-now           the same, and then the end
 prepared-node<k>.json  the same as prepared.json for another node, where there are several
+job.sbatch         under --slurm: the job            hosts            its nodes, written by it
 code/              <sha256>/: the model's own .py files, read-only
 """
 

@@ -204,8 +204,9 @@ def show_commands(plan: Plan, where: RunDir) -> None:
     from launcher.command import by_agents, node_commands, prepare_command
 
     several = by_agents(plan)
-    for command in (prepare_command(plan, where), *node_commands(plan, where)):
-        print(f"# on {command.host}\n{command}" if several else command)
+    print(*(["# here, and then on every other host"] if several else []), prepare_command(plan, where), sep="\n")
+    for command in node_commands(plan, where):
+        print(*([f"# on {command.host}"] if several else []), command, sep="\n")
 
 
 def carry_out(resuming: bool, made: Plan, where: RunDir, detach: bool = False) -> NoReturn:

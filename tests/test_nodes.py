@@ -19,9 +19,9 @@ import launcher
 from launcher.agent import code_hash
 from launcher.cluster import resolve_cluster
 from launcher.errors import LaunchError, PreflightError
-from launcher.handshake import handshake
+from launcher.handshake import _other_cards, handshake
 from launcher.modelshape import shape_of
-from launcher.nodes import SeveralNodes, connecting_command, travelling
+from launcher.nodes import Connection, SeveralNodes, connecting_command, travelling
 from launcher.plan import Plan, make_plan
 from launcher.processes import NodeCommand
 from launcher.recipe import find_recipe, load_recipe
@@ -104,7 +104,7 @@ def test_what_ssh_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     *options, stop, host, words = there.argv
     assert shlex.join(options) == (
         "ssh -T -o BatchMode=yes -o ConnectTimeout=3 -o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o ControlMaster=no "
-        f"-o ControlPath=none -o ClearAllForwardings=yes -o LogLevel=ERROR -p 2222 -i {Path.home()}/k -l me"
+        f"-o ControlPath=none -o ClearAllForwardings=yes -o RemoteCommand=none -o LogLevel=ERROR -p 2222 -i {Path.home()}/k -l me"
     )
     assert (stop, host) == ("--", "you@fe80::1%eth0")
     assert shlex.split(words) == [
@@ -240,6 +240,7 @@ def test_an_agent_ends_what_it_started(run: RunDir, how: str) -> None:
         "do": "look",
         "run": str(run.path),
         "rank": 1,
+        "ranks": [2, 3],
         "word": "w",
         "kind": "cpu",
         "cwd": "/",
@@ -297,3 +298,24 @@ def test_only_what_is_listed_travels() -> None:
 def test_no_setting_of_ssh_is_another_option_of_it(override: str) -> None:
     with pytest.raises(LaunchError, match=r"launch\.ssh\."):
         load_recipe(QUICKSTART, [override])
+
+
+@pytest.mark.parametrize(
+    ("there", "found"),
+    [
+        ([], "has 0 cards, slot 1 is to be used\n  leave it out: --exclude elsewhere"),
+        (["A800-80GB"], "has 1 cards, slot 1 is to be used\n  write: elsewhere slots=1"),
+        (["A800-80GB", "RTX 4090"], "card 1 is RTX 4090, planned is A800-80GB"),
+        (["A800-80GB", "A800-80GB reserved=70GiB"], "card 1 has 10.0 GiB free, 20.0 GiB are planned"),
+        (["A800-80GB", "A800-80GB"], ""),
+    ],
+)
+def test_cards_of_another_node_are_those_that_were_planned_for(tmp_path: Path, there: list[str], found: str) -> None:
+    (tmp_path / "hosts").write_text("elsewhere slots=2\n")
+    (node,) = resolve_cluster("2xA800-80GB", hostfile=str(tmp_path / "hosts")).nodes
+    cards = resolve_cluster(tuple(there)).devices if there else ()
+    one = Connection(node, 0, subprocess.Popen(["true"]), tmp_path / "log")
+    one.process.wait()
+    problems = [str(problem) for problem in _other_cards(one, 20 * 2**30, list(cards))]
+    assert found in "\n".join(problems)
+    assert bool(problems) == bool(found)

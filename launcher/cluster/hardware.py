@@ -62,7 +62,7 @@ def resolve_cluster(
 
 def _on_hosts(each: Cluster, hosts: Sequence[Slots], hostfile: str) -> Cluster:
     """A node for each host, with those of these devices that its slots take."""
-    devices = each.devices
+    devices = [device.model_copy(update={"uuid": None}) for device in each.devices]  # each host has its own cards
     for slots in hosts:
         if slots.num > len(devices):
             found = f"{slots.host} has {slots.num} slots, {each.source} has {len(devices)} devices"

@@ -163,3 +163,26 @@ def test_a_rank_that_is_killed_on_the_other_host_is_named(head: Head) -> None:
     assert process.wait(30) == 137, head.said
     assert "rank 2 (node-b, cpu)" in head.said
     assert not head.left(0.5)
+
+
+@pytest.mark.slow
+def test_deepspeeds_launcher_ends_on_both_hosts_and_nothing_of_its_name_elsewhere(head: Head) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    # What DeepSpeed's own runner would end, on every host, at Ctrl-C.
+    namesake = [sys.executable, "-c", "import time; time.sleep(300)", "-u -m deepspeed.launcher.launch"]
+    canaries = [subprocess.Popen(namesake), subprocess.Popen(head.hosts[1].inside(namesake))]
+    try:
+        head.wait_for(canaries[1], lambda: len(head.hosts[1].processes()) == 1)
+        run = head.folder / "run"
+        process = head.launch("--run-dir", "run", "launch.backend=deepspeed", *LONG)
+        head.wait_for(process, lambda: trains(run))
+
+        head.signal(process, signal.SIGINT)
+
+        assert process.wait(30) == 130, head.said
+        assert len(head.left(0.5)) == 1, "the canary on node-b"
+        assert [canary.poll() for canary in canaries] == [None, None]
+    finally:
+        for canary in canaries:
+            canary.kill()
+            canary.wait()

@@ -37,6 +37,7 @@ checkpoint checkpoint.every_steps checkpoint.keep checkpoint.max_shard_size chec
 checkpoint.async checkpoint.on_failure
 hardware
 launch launch.backend launch.run_dir launch.port launch.max_restarts launch.stall_seconds
+launch.ssh launch.ssh.user launch.ssh.port launch.ssh.key launch.ssh.python launch.ssh.timeout_s
 """
 
 
