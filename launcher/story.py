@@ -112,7 +112,7 @@ def phases(run: RunDir, seconds: dict[str, float]) -> dict[str, float]:
     if "start" in seconds:  # until all ranks were ready, of which loading is a part
         found["start"] = max(0.0, seconds["start"] - spent.get("load", 0.0))
     found |= {name: spent.get(phase) for name, phase in _PHASES.items()}
-    return {name: round(found[name], 3) for name in _IN_ORDER if found.get(name) is not None}
+    return {name: round(value, 3) for name in _IN_ORDER if (value := found.get(name)) is not None}
 
 
 def _steps(run: RunDir, plan: Plan) -> dict[str, float | None]:
