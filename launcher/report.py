@@ -141,13 +141,8 @@ def _raised(run: RunDir, plan: Plan, rank: int, error: dict[str, Any], echoes: t
     if reason is None and not parts and _is_echo(error):
         reason = lost_connection(error["message"])
     said = f"{error['type'] if kind == 'OutOfMemoryError' else kind}: {message}"
-    cause = (
-        f"{parts['you_set']}: {parts['found']}"
-        if parts
-        else f"{reason.found}: {said}"
-        if reason and reason.found
-        else said
-    )
+    cause = f"{parts['you_set']}: {parts['found']}" if parts else said
+    known = (reason.found, *reason.notes) if reason else ()
     log = run.rank_log(error["host"], rank)
     return Failure(
         rank=rank,
@@ -164,7 +159,7 @@ def _raised(run: RunDir, plan: Plan, rank: int, error: dict[str, Any], echoes: t
         parts=parts,
         echoes=echoes,
         remedy=reason.to_type if reason else "",
-        notes=reason.notes if reason else (),
+        notes=tuple(filter(None, known)),
         memory=error.get("memory", {}),
         last_lines=tuple(last_lines(log)),
     )

@@ -16,6 +16,9 @@ from launcher.plan import Plan, time_of_rows
 from launcher.report import Failure
 from launcher.rundir import RunDir, read_events, read_json, write_json
 
+_PHASES = {"first_step": "first_step", "steady": "train", "evaluate": "evaluate", "save": "save", "ask": "ask"}
+_IN_ORDER = ("prepare", "start", "load", *_PHASES)
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -96,11 +99,46 @@ def predicted_speed(plan: Plan, run: RunDir) -> float | None:
     return round(time_of_rows(plan, float(length)).tokens_per_second, 1) if length else None
 
 
+def phases(run: RunDir, seconds: dict[str, float]) -> dict[str, float]:
+    """Seconds of each phase of the last attempt, of the rank that spent most in it.
+
+    prepare; start, until ranks have imported and met; load; first_step; steady, all further steps; evaluate, save and ask, where they came.
+    """
+    spent: dict[str, float] = {}
+    for path in run.heartbeats.glob("[0-9]*.json"):
+        for phase, value in ((read_json(path) or {}).get("seconds") or {}).items():
+            spent[phase] = max(spent.get(phase, 0.0), value)
+    found = {"prepare": seconds.get("prepare"), "load": spent.get("load")}
+    if "start" in seconds:  # until all ranks were ready, of which loading is a part
+        found["start"] = max(0.0, seconds["start"] - spent.get("load", 0.0))
+    found |= {name: spent.get(phase) for name, phase in _PHASES.items()}
+    return {name: round(value, 3) for name in _IN_ORDER if (value := found.get(name)) is not None}
+
+
+def _steps(run: RunDir, plan: Plan) -> dict[str, float | None]:
+    """Seconds of a step, predicted for rows as long as they are, and measured without the first one of the last attempt."""
+    beats = [beat for path in run.heartbeats.glob("[0-9]*.json") if (beat := read_json(path))]
+    begun = [event["step"] for event in read_events(run)[0] if event["event"] == "train"]
+    measured = None
+    if beats and begun and (num := max(beat["step"] for beat in beats) - begun[-1] - 1) > 0:
+        measured = round(max((beat.get("seconds") or {}).get("train", 0.0) for beat in beats) / num, 4)
+    length = ((read_json(run.prepared) or {}).get("report") or {}).get("length_mean")
+    predicted = round(time_of_rows(plan, float(length)).total_s, 4) if length else None
+    return {"step_seconds": measured, "step_seconds_predicted": predicted}
+
+
 def _attempts(run: RunDir) -> list[dict[str, Any]]:
     """All attempts of a run, those of earlier launches too."""
     events, _ = read_events(run)
     ended = [event for event in events if event["event"] == "attempt"]
     return [{**{key: one[key] for key in one if key not in ("event", "time")}, "ended": one["time"]} for one in ended]
+
+
+def _stragglers(run: RunDir) -> list[dict[str, Any]]:
+    """Ranks that stayed behind the others, in the order in which it was noticed."""
+    events, _ = read_events(run)
+    keys = ("rank", "host", "behind", "since", "step")
+    return [{key: event[key] for key in keys} for event in events if event["event"] == "straggler"]
 
 
 def _answers(events: Sequence[dict[str, Any]]) -> tuple[Answer, ...]:
@@ -146,13 +184,16 @@ def write_report(run: RunDir, plan: Plan, exit_code: int, story: Numbers, failur
             "exit_code": exit_code,
             "result": "done" if exit_code == 0 else "interrupted" if exit_code == InterruptedCode else "failed",
             **asdict(story),
+            "phases": phases(run, story.seconds),
             "memory_predicted_bytes": plan.fullest_bytes,
             "tokens_per_second_predicted": predicted_speed(plan, run),
+            **_steps(run, plan),
             "data": prepared.get("report"),
             "checkpoints": [folder.name for folder in checkpoints],
             "best_checkpoint": best[0][1].name if best else None,
             "resumed_from": plan.resume_from,
             "attempts": _attempts(run),
+            "stragglers": _stragglers(run),
             "failure": asdict(failure) if failure else None,
         },
     )

@@ -291,7 +291,8 @@ class Supervisor:
             offset = self._pass_on(offset, started)
             if watch.look():
                 told = write_stall(watch)
-                append_event(self.run, {"event": "stalled", **{key: told[key] for key in _TOLD}})
+                text = f"rank {told['rank']}: {told['cause']}"
+                append_event(self.run, {"event": "stalled", "text": text, **{key: told[key] for key in _TOLD}})
                 code = STALLED
                 break
             self._say({"event": "beat", **(read_json(self.run.heartbeat(0)) or {})})

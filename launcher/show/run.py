@@ -176,6 +176,9 @@ class RunScreen:
     def _asked(self, event: dict[str, Any]) -> None:
         self._beside("saving", f"step-{event['step']}, as asked ({event['why']})")
 
+    def _straggler(self, event: dict[str, Any]) -> None:
+        self._beside("slow", event["text"])
+
     def _not_saved(self, event: dict[str, Any]) -> None:
         self._beside(
             "not saved", f"at step {event['step']}: {event['why']}; training goes on (checkpoint.on_failure: warn)"

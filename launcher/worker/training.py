@@ -38,6 +38,7 @@ from launcher.worker.metrics import Metrics
 from launcher.worker.prepared import Prepared
 from launcher.worker.pulse import Pulse
 from launcher.worker.requests import Requests
+from launcher.worker.stragglers import OwnTime
 from launcher.worker.weights import PARAMETERS_SHARDED, write_weights
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
@@ -106,6 +107,7 @@ class PlannedTrainer(Trainer):
             self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
         self.order = StepOrder(self.train_rows["length"][:], plan.global_batch, plan.recipe.train.seed, plan.batching)
         self.metrics = Metrics(run, plan, prepared, self.args.device)
+        self.metrics.own = OwnTime(plan, self.model, self.args.device)
         check_world(plan, self, pulse.rank)
         self.requests = Requests(run)
         self.bad_step = FirstBadStep()
@@ -147,9 +149,11 @@ class PlannedTrainer(Trainer):
         return {name: part.to(self.args.device, non_blocking=True) for name, part in inputs.items()}
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
+        self.metrics.own.begin()
         self.metrics.counters.add(inputs)
         self.pulse.batch = (inputs["input_ids"].shape[0], inputs["input_ids"].shape[1])
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self.metrics.own.mark()
         self.bad_step.note(loss, self.state.global_step + 1)
         self.pulse.beat()
         return loss

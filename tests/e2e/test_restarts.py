@@ -25,6 +25,10 @@ def test_a_rank_that_is_killed_once_costs_the_steps_since_the_last_checkpoint(
     assert (second["exit_code"], second["step"], second["resumed_from"]) == (0, 4, "checkpoints/step-2")
     assert first["began"] < first["ended"] < second["began"] < second["ended"]
     assert report["failure"] is None
+    assert set(report["phases"]) == {"prepare", "start", "load", "first_step", "steady", "save"}
+    assert sum(report["phases"].values()) < second["ended"] - second["began"] + 1
+    assert 0 < report["step_seconds"] <= report["phases"]["steady"] + 0.001
+    assert report["step_seconds_predicted"] > 0
     steps = [event["step"] for event in read_events(RunDir(tmp_path / "run"))[0] if event["event"] == "log"]
     assert steps[-2:] == [3, 4]
 
