@@ -28,6 +28,10 @@ class Kept:
     def __getitem__(self, label: str) -> Any:
         return self.results[label]
 
+    def get(self, label: str, default: Any) -> Any:
+        """A result, or what stands for one that is not there."""
+        return self.results.get(label, default)
+
     def add(self, label: str, result: Any) -> None:
         """Keep a result, which JSON has to know."""
         self.results[label] = result
