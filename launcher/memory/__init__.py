@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from launcher.cluster import GIB
 from launcher.memory.activations import kept_bytes, passing_bytes, untouched_bytes
-from launcher.memory.request import Logits, Memory, MemoryRequest, tokens_at_once
+from launcher.memory.request import Logits, Memory, MemoryRequest, tokens_at_once, unmasked
 from launcher.memory.states import (
     adapter_bytes,
     gradients_bytes,
@@ -39,6 +39,7 @@ __all__ = [
     "passing_bytes",
     "tokens_at_once",
     "trained_dtype_bytes",
+    "unmasked",
     "untouched_bytes",
     "update_bytes",
 ]

@@ -40,7 +40,7 @@ from launcher.worker.pulse import Pulse
 from launcher.worker.requests import Requests
 from launcher.worker.weights import PARAMETERS_SHARDED, write_weights
 
-_OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
+_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 _ADALORA_FILE = "adalora.safetensors"
 
 
@@ -96,8 +96,8 @@ class PlannedTrainer(Trainer):
         self.train_rows, self.eval_rows = parts["train"], parts["eval"]
         collate = collator(plan.batching, prepared.pad_token_id, family(plan.shape.family).own_mask)
         self.at_labels = self._loss_at_labels(parts["model"])
-        if self.at_labels is not None:
-            collate = at_labels(collate)
+        if self.at_labels is not None and plan.pipeline is None:
+            collate = at_labels(collate, plan.unmasked)
         arguments = training_arguments(plan, run, len(self.train_rows))
         rows = WholeSteps(self.train_rows, plan.global_batch)
         super().__init__(model=parts["model"], args=arguments, train_dataset=rows, data_collator=collate)
@@ -146,6 +146,7 @@ class PlannedTrainer(Trainer):
         return {name: part.to(self.args.device, non_blocking=True) for name, part in inputs.items()}
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
+        inputs = self._prepare_inputs(inputs)
         self.metrics.counters.add(inputs)
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
