@@ -19,23 +19,20 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from page import Page, environment
+from page import Page
 from peers.environments import python_of, versions
+from peers.running import run
 from peers.systems import ROWS_A_STEP, SYSTEMS, System
 from peers.task import Task, make
 
 GOAL_SEED, GOAL_BEST = 3.0, 1.2
 WARM_UP = 3  # steps
-_LONGEST_SECONDS = 900
 Measured = dict[str, Any]
 
 
@@ -76,35 +73,8 @@ def main() -> None:
 
 def measure(system: System, task: Task, folder: Path, options: argparse.Namespace) -> Measured:
     """Run a system once."""
-    home = folder / system.name
-    shutil.rmtree(home, ignore_errors=True)
-    probe = home / "probe"
-    probe.mkdir(parents=True)
-    job = system.job(task, home, options.environments.resolve(), options.epochs)
-    variables = environment() | {
-        "PYTHONPATH": str(Path(__file__).parent / "peers" / "probe"),
-        "LAUNCH_PROBE": str(probe),
-        "LAUNCH_PROBE_ROWS": str(task.validation),
-        "LAUNCH_PROBE_PAD": str(task.pad),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(home / "datasets"),
-        "CUDA_VISIBLE_DEVICES": "",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    log = home / "output.txt"
-    started = time.time()
-    with log.open("wb") as output:
-        ended = subprocess.run(
-            job.argv, cwd=job.cwd, env=variables | job.env, check=False, stdout=output, stderr=subprocess.STDOUT,
-            timeout=_LONGEST_SECONDS,
-        )  # fmt: skip
-    ranks = [[json.loads(line) for line in path.read_text().splitlines()] for path in sorted(probe.glob("*.jsonl"))]
-    if len(ranks) != 2 or not all(ranks):
-        raise SystemExit(
-            f"{system.name} ended with {ended.returncode}, {len(ranks)} ranks trained:\n{log.read_text()[-3000:]}"
-        )
-    found = {"system": system.name, "exit_code": ended.returncode, **summed(ranks, started)}
+    ranks, started = run(system, task, folder / system.name, options.environments.resolve(), options.epochs)
+    found = {"system": system.name, **summed(ranks, started)}
     print(found, file=sys.stderr, flush=True)
     return found
 
@@ -113,8 +83,8 @@ def summed(ranks: list[list[dict[str, Any]]], started: float) -> Measured:
     """Rates over both ranks, and the curve of the validation loss."""
     batches = [[line for line in rank if "tokens" in line] for rank in ranks]
     counted = [[line for line in rank if line["step"] >= WARM_UP] for rank in batches]
-    began = min(rank[0]["began"] for rank in counted)
-    seconds = max(rank[-1]["at"] for rank in counted) - began
+    began = counted[0][0]["began"]
+    seconds = counted[0][-1]["at"] - began  # on the clock of rank 0, which stands still while it validates
     # CPU time from the end of the first counted batch on: that batch has no beginning of its own.
     cpu = sum(rank[-1]["cpu"] - rank[0]["cpu"] for rank in counted)
     tokens = sum(line["tokens"] for rank in counted for line in rank)

@@ -101,11 +101,15 @@ def main() -> None:
     page.finish(options.out)
 
 
-def run_case(folder: Path, shape: str, ranks: int, options: argparse.Namespace) -> dict[str, Any]:
+def run_case(
+    folder: Path, shape: str, ranks: int, options: argparse.Namespace, emulated_s: float = 0.0
+) -> dict[str, Any]:
     """Prepare a run like any other, start its ranks with this script in place of the worker, and read what they measured."""
-    steps = options.steps * LONGER[shape]
+    steps = options.steps * (1 if emulated_s else LONGER[shape])
     plan, run = planned(folder, shape, ranks, WARM_UP + steps + 1)
-    (run.path / "options.json").write_text(json.dumps({"rounds": options.rounds, "last": WARM_UP + steps}))
+    (run.path / "options.json").write_text(
+        json.dumps({"rounds": options.rounds, "last": WARM_UP + steps, "emulated_s": emulated_s})
+    )
     cache = environment() | {"LAUNCH_CACHE": str(folder / "cache")}
     (command,) = node_commands(plan, run)
     prepare = prepare_command(plan, run)
@@ -132,8 +136,8 @@ def planned(folder: Path, shape: str, ranks: int, steps: int) -> tuple[Plan, Run
     rows, length = (4, 96) if shape == "realistic" else (2, 32)
     words = random.Random(0)
     vocabulary = ["".join(words.choices("abcdefghijklmnop", k=5)) for _ in range(300)]
-    # As many as two ranks need: the same file for any number of ranks is prepared once.
-    texts = [" ".join(words.choices(vocabulary, k=length)) for _ in range(steps * rows * 2)]
+    # As many as all ranks need: the same file for up to two ranks is prepared once.
+    texts = [" ".join(words.choices(vocabulary, k=length)) for _ in range(steps * rows * max(2, ranks))]
     (folder / "rows.json").write_text(json.dumps([{"context": "Go on:", "target": text} for text in texts]))
     recipe = folder / f"{shape}-{ranks}.yaml"
     values = {"shape": SHAPES[shape], "length": length, "steps": steps, "rows": rows, "ranks": ranks}
@@ -155,14 +159,15 @@ def be_a_rank(plan_path: Path) -> None:
     from transformers import Trainer
 
     from launcher.worker.adapters import with_adapter
-    from launcher.worker.data.batches import StepOrder, collator
+    from launcher.worker.data.batches import RankBatches, StepOrder, collator
     from launcher.worker.model import load_model
     from launcher.worker.prepared import read_prepared
     from launcher.worker.pulse import Pulse
     from launcher.worker.training import PlannedTrainer, training_arguments
 
     run = RunDir(plan_path.parent)
-    plan = Plan.model_validate_json(plan_path.read_text(encoding="utf-8"))
+    # The plain Trainer computes logits of every token, and so do both here: this is about all else.
+    plan = Plan.model_validate_json(plan_path.read_text(encoding="utf-8")).model_copy(update={"logits": "whole"})
     options, prepared = json.loads((run.path / "options.json").read_text()), read_prepared(run)
     if plan.num_processes > 1:
         dist.init_process_group("gloo")
@@ -173,8 +178,9 @@ def be_a_rank(plan_path: Path) -> None:
     base = load_model(plan, prepared.model_dir, torch.device("cpu"), code=prepared.code)
     torch.manual_seed(plan.recipe.train.seed)
     base = with_adapter(base, plan, plan.recipe.train.max_steps or 0)
-    seed, bucketed = plan.recipe.train.seed, plan.batching == "bucketed"
-    order = [row for row in StepOrder(rows["length"][:], plan.global_batch, seed, bucketed) if row < len(rows)]
+    steps = StepOrder(rows["length"][:], plan.global_batch, plan.recipe.train.seed, plan.batching)
+    dealt = RankBatches(steps, plan.micro_batch, plan.accumulation, 0, plan.num_processes)
+    order = [row for step in steps.steps() for (batch,) in dealt.divided(step) for row in batch if row < len(rows)]
     in_order = Dataset.from_dict(rows.select(order).to_dict())
 
     def plain(_: RunDir) -> Trainer:
@@ -202,7 +208,7 @@ def be_a_rank(plan_path: Path) -> None:
         weights = set()
         first = number % len(sides)
         for name, make in sides[first:] + sides[:first]:
-            turn, digest = take_turn(make, fresh(run, number), options["last"])
+            turn, digest = take_turn(make, fresh(run, number), options["last"], options["emulated_s"])
             weights.add(digest)
             if number > 0:  # the first round warms everything up
                 turns[name].append(turn)
@@ -249,8 +255,12 @@ class OwnTime:
 OWN = OwnTime()
 
 
-def take_turn(make: Callable[[RunDir], Any], where: RunDir, last: int) -> tuple[Turn, str]:
-    """Train once; seconds of every step on the wall and on the CPUs of all ranks, and a digest of the trained weights."""
+def take_turn(make: Callable[[RunDir], Any], where: RunDir, last: int, emulated_s: float = 0.0) -> tuple[Turn, str]:
+    """Train once; seconds of every step on the wall and on the CPUs of all ranks, and a digest of the trained weights.
+
+    Args:
+        emulated_s: seconds that a step sleeps before it computes, as if a card did.
+    """
     import torch
     import torch.distributed as dist
     from transformers import TrainerCallback
@@ -265,6 +275,14 @@ def take_turn(make: Callable[[RunDir], Any], where: RunDir, last: int) -> tuple[
 
     trainer = make(where)
     trainer.add_callback(Clock())
+    if emulated_s:
+        compute = trainer.training_step
+
+        def training_step(*given: Any, **named: Any) -> Any:
+            time.sleep(emulated_s)
+            return compute(*given, **named)
+
+        trainer.training_step = training_step
     trainer.train()
     steps = torch.tensor(readings, dtype=torch.float64).diff(dim=0)
     wall, cpu = steps[:, 0].tolist(), steps[:, 1].contiguous()

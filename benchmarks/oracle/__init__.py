@@ -152,8 +152,6 @@ class Steps:
         self.model, optimizer = trainer.accelerator.prepare(model, trainer.optimizer)
         trainer.optimizer = self.optimizer = optimizer
         trainer.current_gradient_accumulation_steps = plan.accumulation
-        for group in optimizer.param_groups:
-            group["foreach"] = plan.kind == "cuda"  # torch's own default by device
 
     def forward_backward(self) -> None:
         """One micro batch."""
@@ -182,6 +180,8 @@ def longest_batch(plan: Plan) -> dict[str, torch.Tensor]:
     else:
         batch["attention_mask"] = torch.ones_like(ids)
         batch["attention_mask"][1:, -1] = 0
+        if plan.unmasked:
+            del batch["attention_mask"]
     return batch
 
 
@@ -230,7 +230,7 @@ def trainer_of(plan: Plan, model: Any, on_cpu: bool = True) -> Any:
 @contextlib.contextmanager
 def _told(plan: Plan) -> Iterator[None]:
     """What transformers would see in the values of a batch, which are not there: whether rows are padded, or packed."""
-    several = plan.micro_batch > 1
+    several = plan.micro_batch > 1 and not plan.unmasked
     masks = "transformers.masking_utils."
     with contextlib.ExitStack() as stack:
         if not (several and plan.batching == "packed"):

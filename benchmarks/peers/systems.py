@@ -86,6 +86,7 @@ model: {{path: {task.model}}}
 data: {{path: {task.rows}, format: context_target, max_length: {MAX_LENGTH}}}
 adapter: {{type: lora, r: 8, alpha: 16, dropout: 0, targets: all-linear}}
 train: {{epochs: {epochs}, lr: {LR}, schedule: constant, warmup: 0, weight_decay: 0, global_batch: {ROWS_A_STEP}, log_every_steps: 1}}
+checkpoint: {{every_steps: 100000}}
 hardware: {RANKS}xcpu
 """,
         encoding="utf-8",

@@ -38,13 +38,12 @@ class Task:
     pad: int
 
 
-def make(data: Path, folder: Path, shape: str) -> Task:
+def make(data: Path, folder: Path, shape: str, num_rows: int | None = None) -> Task:
     """Write the task of an Alpaca file into a folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    texts = [(_prompt(row), row["output"]) for row in json.loads(data.read_text(encoding="utf-8"))]
-    tokenizer = _tokenizer([prompt + answer for prompt, answer in texts])
+    tokenizer, fitting = encoded_rows(data)
     model = folder / "model"
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -59,10 +58,7 @@ def make(data: Path, folder: Path, shape: str) -> Task:
     )
     LlamaForCausalLM(config).save_pretrained(model)
     tokenizer.save_pretrained(model)
-    encoded = [(prompt, answer, *_encoded(tokenizer, prompt, answer)) for prompt, answer in texts]
-    fitting = [row for row in encoded if len(row[2]) <= MAX_LENGTH and row[1]]
-    random.Random(0).shuffle(fitting)
-    held_out, training = fitting[:NUM_VALIDATION], fitting[NUM_VALIDATION:]
+    held_out, training = fitting[:NUM_VALIDATION], fitting[NUM_VALIDATION:][:num_rows]
     rows, pairs = folder / "rows.jsonl", folder / "pairs.json"
     with rows.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"context": row[0], "target": row[1]}) + "\n" for row in training)
@@ -74,6 +70,16 @@ def make(data: Path, folder: Path, shape: str) -> Task:
     return Task(
         model, rows, pairs, validation, len(training), sum(len(row[2]) for row in training), tokenizer.pad_token_id
     )
+
+
+def encoded_rows(data: Path) -> tuple[Any, list[tuple[str, str, list[int], int]]]:
+    """A tokenizer made for an Alpaca file; question, answer, ids and where the answer begins of its rows that fit, shuffled."""
+    texts = [(_prompt(row), row["output"]) for row in json.loads(data.read_text(encoding="utf-8"))]
+    tokenizer = _tokenizer([prompt + answer for prompt, answer in texts])
+    encoded = [(prompt, answer, *_encoded(tokenizer, prompt, answer)) for prompt, answer in texts]
+    fitting = [row for row in encoded if len(row[2]) <= MAX_LENGTH and row[1]]
+    random.Random(0).shuffle(fitting)
+    return tokenizer, fitting
 
 
 def _prompt(row: dict[str, str]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from launcher.cluster import GIB
 from launcher.memory.activations import kept_bytes, passing_bytes, untouched_bytes
-from launcher.memory.request import Logits, Memory, MemoryRequest, tokens_at_once
+from launcher.memory.request import Logits, Memory, MemoryRequest, tokens_at_once, unmasked
 from launcher.memory.states import (
     adapter_bytes,
     gradients_bytes,
@@ -39,6 +39,7 @@ __all__ = [
     "passing_bytes",
     "tokens_at_once",
     "trained_dtype_bytes",
+    "unmasked",
     "untouched_bytes",
     "update_bytes",
 ]
@@ -208,17 +209,8 @@ def _gathered_bytes(request: MemoryRequest) -> tuple[int, int, int, int]:
 
 
 def update_bytes(request: MemoryRequest) -> int:
-    """What AdamW needs while it steps: on cards torch takes the square root of all second moments at once.
-
-    On a CPU it goes tensor by tensor, and has two values of the largest (DeepSpeed's is the whole share of a rank, and
-    its gradients are copied to fp32). The 8-bit optimizers need nothing beside.
-    """
-    if request.optimizer != "adamw" or request.offload != "none":
+    """What the step needs beside: nothing in fused AdamW and in the 8-bit ones; ZeRO copies gradients in half precision to fp32."""
+    copied = request.strategy.startswith("zero") and request.compute_dtype_bytes < 4
+    if request.optimizer != "adamw" or request.offload != "none" or not copied:
         return 0
-    shape = request.shape
-    if request.kind == "cuda" or request.strategy.startswith("zero"):
-        copied = request.strategy.startswith("zero") and request.compute_dtype_bytes < 4
-        values = (1 if request.kind == "cuda" else 2) + copied
-        return 4 * values * request.trainable_parameters // request.shards
-    largest = max(shape.embedding_parameters, *(i * o for i, o in shape.linears.values())) if request.full else 0
-    return 2 * 4 * largest // request.shards
+    return 4 * request.trainable_parameters // request.shards

@@ -21,6 +21,14 @@ def tokens_at_once(vocab_size: int, kind: str) -> int:
     return max(1, _LOGITS_AT_ONCE[kind] // vocab_size // _TOKENS_STEP) * _TOKENS_STEP
 
 
+def unmasked(logits: Logits, batching: str, strategy: str) -> bool:
+    """Whether padded rows come without a mask: padding is right of all that looks to the left, so no token of a row sees it.
+
+    Not where it is unknown what else a model does with a mask, and not through the stages of a device map.
+    """
+    return logits != "whole" and batching != "packed" and strategy != "device_map"
+
+
 class MemoryRequest(BaseModel):
     """One way to train a model. Bytes are a value's; `sequence_length` in tokens, `micro_batch` in rows of that length.
 
@@ -81,9 +89,9 @@ class MemoryRequest(BaseModel):
     def masked(self) -> bool:
         """Whether attention gets a mask. A single row needs none, and transformers then passes none.
 
-        The longest micro batch is counted as if some row of it were padded.
+        The longest micro batch is counted as if some row of it were padded. Rows of a known family need none for that (`unmasked`).
         """
-        return self.micro_batch > 1
+        return self.micro_batch > 1 and not unmasked(self.logits, self.batching, self.strategy)
 
     @property
     def shards(self) -> int:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from launcher.cluster import Cluster
 from launcher.errors import UsageError
-from launcher.memory import Logits, Memory
+from launcher.memory import Logits, Memory, unmasked
 from launcher.modelshape import ModelShape
 from launcher.native import Native
 from launcher.pipeline import Order
@@ -154,6 +154,11 @@ class Plan(BaseModel):
     def kind(self) -> str:
         """cuda or cpu."""
         return self.cluster.kind
+
+    @property
+    def unmasked(self) -> bool:
+        """Whether padded rows come without a mask."""
+        return unmasked(self.logits, self.batching, self.strategy)
 
     @property
     def waiting(self) -> float:

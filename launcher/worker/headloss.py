@@ -20,16 +20,24 @@ from launcher.worker.data.tokens import IGNORED
 
 Collate = Callable[[list[dict[str, Any]]], Batch]
 
-# In a batch: flat places of the tokens that a label follows. Known before the batch goes to its device, which then waits for nobody.
-PLACES = "label_places"
+# In a batch: flat places of the tokens that a label follows, and the number of tokens that are no padding. Known before the batch goes to
+# its device, which then waits for nobody.
+PLACES, TOKENS = "label_places", "num_tokens"
 
 
-def at_labels(collate: Collate) -> Collate:
-    """The same micro batches, of shape (rows, length), with `PLACES`, of shape (supervised tokens,)."""
+def at_labels(collate: Collate, unmasked: bool) -> Collate:
+    """The same micro batches, of shape (rows, length), with `PLACES`, of shape (supervised tokens,), and `TOKENS`.
+
+    Args:
+        unmasked: leave the attention mask out; rows have to be padded on the right, and the model to look to the left only.
+    """
 
     def collated(rows: list[dict[str, Any]]) -> Batch:
         batch = collate(rows)
-        return {**batch, PLACES: _places(batch["labels"])}
+        num = torch.tensor(sum(len(row["input_ids"]) for row in rows))
+        if unmasked:
+            batch = {name: part for name, part in batch.items() if name != "attention_mask"}
+        return {**batch, PLACES: _places(batch["labels"]), TOKENS: num}
 
     return collated
 
@@ -69,6 +77,7 @@ class LossAtLabels:
 
     def _forward(self, *args: Any, **inputs: Any) -> Any:
         places, labels = inputs.pop(PLACES, None), inputs.get("labels")
+        inputs.pop(TOKENS, None)
         if labels is None:
             return self._model_forward(*args, **inputs)
         places = _places(labels) if places is None else places

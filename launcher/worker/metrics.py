@@ -21,6 +21,7 @@ from launcher.plan import Plan
 from launcher.rundir import RunDir, append_event, read_json
 from launcher.worker.data.tokens import IGNORED
 from launcher.worker.devices import peak_memory_bytes, stage_devices
+from launcher.worker.headloss import TOKENS
 from launcher.worker.prepared import Prepared
 from launcher.worker.stragglers import OwnTime, Straggler, Stragglers
 
@@ -50,11 +51,11 @@ class Counters:
     def add(self, inputs: dict[str, torch.Tensor]) -> None:
         """Count a micro batch of shape (rows, length)."""
         mask = inputs.get("attention_mask")
-        ids = inputs["input_ids"]
-        if mask is None and self.pad_token_id is not None:
+        ids, counted = inputs["input_ids"], inputs.get(TOKENS)
+        if counted is None and mask is None and self.pad_token_id is not None:
             mask = ids != self.pad_token_id
         self.slots += ids.numel()
-        self.real += ids.numel() if mask is None else mask.sum()
+        self.real += counted if counted is not None else ids.numel() if mask is None else mask.sum()
         self.supervised += (inputs["labels"] != IGNORED).sum()
 
     def read(self) -> list[float]:

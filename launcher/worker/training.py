@@ -41,7 +41,7 @@ from launcher.worker.requests import Requests
 from launcher.worker.stragglers import OwnTime
 from launcher.worker.weights import PARAMETERS_SHARDED, write_weights
 
-_OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
+_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 _ADALORA_FILE = "adalora.safetensors"
 
 
@@ -97,8 +97,8 @@ class PlannedTrainer(Trainer):
         self.train_rows, self.eval_rows = parts["train"], parts["eval"]
         collate = collator(plan.batching, prepared.pad_token_id, family(plan.shape.family).own_mask)
         self.at_labels = self._loss_at_labels(parts["model"])
-        if self.at_labels is not None:
-            collate = at_labels(collate)
+        if self.at_labels is not None and plan.pipeline is None:
+            collate = at_labels(collate, plan.unmasked)
         arguments = training_arguments(plan, run, len(self.train_rows))
         rows = WholeSteps(self.train_rows, plan.global_batch)
         super().__init__(model=parts["model"], args=arguments, train_dataset=rows, data_collator=collate)
@@ -150,6 +150,7 @@ class PlannedTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         self.metrics.own.begin()
+        inputs = self._prepare_inputs(inputs)
         self.metrics.counters.add(inputs)
         self.pulse.batch = (inputs["input_ids"].shape[0], inputs["input_ids"].shape[1])
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)

@@ -1,4 +1,4 @@
-"""The loss at labels, in parts or not, is the model's own: value and every gradient, in each family that the plan trusts with it."""
+"""The loss at labels, in parts or not, without a mask, is the model's own, with every gradient, in each family trusted with it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def loss_and_gradients(model: Any, batch: dict[str, torch.Tensor], num: Any) -> 
 
 def compare(model: Any, in_parts: bool, batching: str = "padded", tolerance: float = 1e-5) -> None:
     batch = collator(batching, 0)(rows(model.config.vocab_size))
-    with_places = at_labels(collator(batching, 0))(rows(model.config.vocab_size))
+    with_places = at_labels(collator(batching, 0), unmasked=True)(rows(model.config.vocab_size))
+    assert "attention_mask" not in with_places
     other = copy.deepcopy(model)
     LossAtLabels(other, in_parts, "cpu")
     for num in (None, torch.tensor(7.0)):
@@ -108,7 +109,7 @@ def test_a_micro_batch_that_teaches_nothing_has_a_loss_of_zero_and_gradients() -
     model = model_of(SMALL["llama"])
     model.get_output_embeddings().requires_grad_(False)
     LossAtLabels(model, True, "cpu")
-    batch = at_labels(collator("padded", 0))(rows(50)[3:])
+    batch = at_labels(collator("padded", 0), unmasked=True)(rows(50)[3:])
     assert len(batch[PLACES]) == 0
     loss, gradients = loss_and_gradients(model, batch, 7)
     assert loss == 0.0

@@ -20,7 +20,7 @@ class _Probe:
     def __init__(self):
         self.rank = os.environ.get("RANK", "0")
         self.file = open(os.path.join(_FOLDER, self.rank + ".jsonl"), "w")  # noqa: SIM115 - as long as the process
-        self.paused, self.evaluated = 0.0, None
+        self.paused, self.paused_cpu, self.evaluated = 0.0, 0.0, None
 
     def write(self, **values):
         self.file.write(json.dumps(values) + "\n")
@@ -36,7 +36,7 @@ class _Probe:
         found = done()
         self.write(
             step=trainer.state.global_step, at=time.time() - self.paused, tokens=tokens, slots=ids.numel(),
-            cpu=time.process_time(), began=started, threads=torch.get_num_threads(),
+            cpu=time.process_time() - self.paused_cpu, began=started, threads=torch.get_num_threads(),
         )  # fmt: skip
         return found
 
@@ -51,7 +51,7 @@ class _Probe:
         import torch
         import torch.nn.functional as F
 
-        started = time.time()
+        started, cpu = time.time(), time.process_time()
         self.evaluated = step
         model = trainer.accelerator.unwrap_model(trainer.model)
         was, total, num = model.training, 0.0, 0
@@ -65,6 +65,7 @@ class _Probe:
         model.train(was)
         at = started - self.paused
         self.paused += time.time() - started
+        self.paused_cpu += time.process_time() - cpu
         self.write(step=step, at=at, eval_loss=total / num)
 
 

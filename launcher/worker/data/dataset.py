@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,14 @@ from launcher.errors import DataError, PreflightError
 from launcher.families import family
 from launcher.families import template as named_template
 from launcher.plan import Plan
-from launcher.recipe.schema import Data
 from launcher.remotecode import Staged
 from launcher.rundir import read_json, write_json
+from launcher.worker.data.encoding import Encoder, Progress
 from launcher.worker.data.rows import Message, named, read_conversations
 from launcher.worker.data.tokens import IGNORED, Prompter, Tokens
 from launcher.worker.prepared import DataReport
 from launcher.worker.quiet import quiet_libraries
 from launcher.worker.staged import load_tokenizer
-
-Progress = Callable[[int, int], None]
-_ROWS_PER_PROGRESS = 2000
 
 
 def tokenize(plan: Plan, tokenizer_dir: Path, into: Path, progress: Progress, code: Staged | None = None) -> None:
@@ -41,7 +37,7 @@ def tokenize(plan: Plan, tokenizer_dir: Path, into: Path, progress: Progress, co
     tokenizer = _tokenizer(plan, tokenizer_dir, code)
     template = _template(plan, tokenizer)
     ends = end_ids(plan.shape.prompts, tokenizer, tokenizer_dir, template)
-    encoder = _Encoder(Prompter(tokenizer, template, ends), data, len(rows) + len(eval_rows), progress)
+    encoder = Encoder(Prompter(tokenizer, template, ends), data, len(rows) + len(eval_rows), progress)
     train, evaluation = encoder.encode(rows), encoder.encode(eval_rows)
     if not train:
         raise DataError(
@@ -105,32 +101,6 @@ def _tokenizer(plan: Plan, folder: Path, code: Staged | None) -> Any:
     return tokenizer
 
 
-class _Encoder:
-    """Conversations to tokens, with counts of what was cut or dropped. A row whose whole answer is cut off teaches nothing, and goes."""
-
-    def __init__(self, prompter: Prompter, data: Data, total: int, progress: Progress) -> None:
-        self.prompter = prompter
-        self.data = data
-        self.total = total
-        self.progress = progress
-        self.done = self.dropped = self.truncated = 0
-
-    def encode(self, rows: Sequence[list[Message]]) -> list[Tokens]:
-        kept = []
-        for row in rows:
-            tokens = self.prompter.tokens(row, self.data.max_length)
-            self.done += 1
-            if self.done % _ROWS_PER_PROGRESS == 0:
-                self.progress(self.done, self.total)
-            nothing_left = all(label == IGNORED for label in tokens.labels)
-            if tokens.cut and (self.data.overlong == "drop" or nothing_left):
-                self.dropped += 1
-            else:
-                self.truncated += tokens.cut
-                kept.append(tokens)
-        return kept
-
-
 def _write(rows: list[Tokens], folder: Path) -> None:
     """One Arrow table with input_ids, labels and length."""
     from datasets import Dataset, disable_progress_bars
@@ -144,7 +114,7 @@ def _write(rows: list[Tokens], folder: Path) -> None:
     Dataset.from_dict(columns).save_to_disk(str(folder))
 
 
-def _report(train: list[Tokens], evaluation: list[Tokens], encoder: _Encoder, num_bad: int) -> DataReport:
+def _report(train: list[Tokens], evaluation: list[Tokens], encoder: Encoder, num_bad: int) -> DataReport:
     lengths = sorted(len(tokens.input_ids) for tokens in train)
     return DataReport(
         rows_read=encoder.total + num_bad,
