@@ -1,4 +1,4 @@
-"""What does a launcher with 256 hosts of 8 ranks cost? Goals: start-up at most 20 s, 200 MiB, one thread.
+"""What does a launcher with 256 hosts of 8 ranks cost? Goals: start-up at most 20 s, 200 MiB, no thread for each host or rank.
 
     python benchmarks/many_nodes.py [--hosts 256] [--seconds 10] [--out benchmarks/results/many_nodes_<hardware>_<date>.md]
 
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from page import Page
 
+import launcher.nodes
 from launcher.cluster import resolve_cluster
 from launcher.handshake import handshake
 from launcher.modelshape import shape_of
@@ -78,14 +79,14 @@ def measure(folder: Path, num_hosts: int, loop_seconds: float) -> list[tuple[str
             time.sleep(_POLL_SECONDS)
         up = time.monotonic() - started
         share = _loop(nodes, run, loop_seconds)
+        threads = len(list(Path("/proc/self/task").iterdir()))
         ending = time.monotonic()
     finally:
         nodes.end()
     ended = time.monotonic() - ending
     assert all(one.code is not None for one in nodes.connections), "an agent did not say how its command ended"
     mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    threads = len(list(Path("/proc/self/task").iterdir()))
-    verdict = "met" if up <= GOAL_SECONDS and mib <= GOAL_MIB and threads == 1 else "MISSED"
+    verdict = "met" if up <= GOAL_SECONDS and mib <= GOAL_MIB and threads <= 2 else "MISSED"
     return [
         ("hosts × ranks", f"{num_hosts} × {RANKS}"),
         ("planned after", f"{planned:.1f} s"),
@@ -109,10 +110,12 @@ def _plan(folder: Path, num_hosts: int) -> Plan:
 
 def _go(nodes: SeveralNodes, run: RunDir) -> None:
     """Start the script on every node in place of torchrun."""
-    for connection in nodes.connections:
-        env = {"NODE": str(connection.rank), "BEATS": str(run.heartbeats)}
-        command = NodeCommand(connection.node.host, ("sh", "-c", _BEATS), env, "/")
-        nodes.start_on(connection, command, run.node_log(connection.node.host))
+    commands = tuple(
+        NodeCommand(one.node.host, ("sh", "-c", _BEATS), {"NODE": str(one.rank), "BEATS": str(run.heartbeats)}, "/")
+        for one in nodes.connections
+    )
+    launcher.nodes.node_commands = lambda *_: commands
+    nodes.go()
 
 
 def _loop(nodes: SeveralNodes, run: RunDir, loop_seconds: float) -> float:

@@ -12,6 +12,7 @@ import os
 import secrets
 import shlex
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -250,6 +251,8 @@ class SeveralNodes:
         self.connections: list[Connection] = []
         self.rendezvous: Rendezvous | None = None
         self._failed: float | None = None
+        self._over = threading.Event()
+        self._signs = threading.Thread(target=self._give_signs, daemon=True)
 
     def connect(self) -> None:
         """Start all agents at once."""
@@ -325,6 +328,13 @@ class SeveralNodes:
             file.writelines(f"# on {command.host}\n{command}\n" for command in commands)
         for connection, command in zip(self.connections, commands, strict=True):
             self.start_on(connection, command, self.run.node_log(connection.node.host))
+        self._signs.start()
+
+    def _give_signs(self) -> None:
+        """While ranks run, also where the launcher waits for a shared disk that stands still: no run is to end because of that."""
+        while not self._over.wait(_SECONDS_BETWEEN_SIGNS):
+            for connection in self.connections:
+                connection.tell()
 
     def poll(self) -> int | None:
         """None while the run goes on; 0 when all nodes have ended well; else the code of the first that did not, 255 for a lost one."""
@@ -349,6 +359,9 @@ class SeveralNodes:
 
     def end(self) -> None:
         """End everything on all nodes."""
+        self._over.set()
+        if self._signs.is_alive():
+            self._signs.join()
         for connection in self.connections:
             if not connection.lost and connection.code is None:
                 connection.tell(do="end")

@@ -230,6 +230,20 @@ def test_another_code_other_packages_and_another_disk_are_found(
     assert "hosts:1: localhost: /no/such.json: is not there" in text
 
 
+def test_a_launcher_that_waits_for_a_disk_is_not_gone(
+    tmp_path: Path, run: RunDir, opened: Callable[[Plan], SeveralNodes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.nodes._SECONDS_BETWEEN_SIGNS", 0.2)
+    patient = "import launcher.agent as a; a.SILENCE_SECONDS = 2.0; a.main()"
+    (tmp_path / "bin" / "ssh").write_text(f"#!/bin/sh\nexec {sys.executable} -c '{patient}'\n")
+    nodes = opened(plan_on(tmp_path, "elsewhere slots=1\n"))
+    handshake(nodes, lambda event: None)
+    commands(monkeypatch, "exec sleep 100")
+    nodes.go()
+    time.sleep(3)
+    assert nodes.poll() is None
+
+
 @pytest.mark.parametrize("how", ["closed", "silent", "told"])
 def test_an_agent_ends_what_it_started(run: RunDir, how: str) -> None:
     code = "import launcher.agent as a; a.SILENCE_SECONDS = 1.0; a.main()"
