@@ -68,11 +68,15 @@ class Stacks:
         return "\n".join(["Stack (most recent call last):", *map(str, self.main)]) if self.main else ""
 
 
-def ask_ranks_here(run: RunDir) -> None:
-    """Have every rank that runs on this machine and was not asked yet write down where it is."""
+def ask_ranks_here(run: RunDir, node: int = 0) -> None:
+    """Have every rank of this node that runs and was not asked yet write down where it is.
+
+    Args:
+        node: the number of the one that this is; what another host's ranks have written down says nothing about processes here.
+    """
     for path in run.heartbeats.glob("[0-9]*.json"):
         beat = read_json(path)
-        if not beat or not is_running(beat):
+        if not beat or beat.get("node", 0) != node or not is_running(beat):
             continue
         rank, pid = int(beat["rank"]), int(beat["pid"])
         state = _state(pid)

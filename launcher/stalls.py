@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from launcher.command import by_agents
 from launcher.plan import Plan
 from launcher.rundir import RunDir, read_json, write_json
 from launcher.stacks import Stacks, answer_of, ask_ranks_here, described
@@ -127,7 +128,8 @@ class Watch:
     def standing(self) -> list[Standing]:
         """Have every rank write down where it is, and read it."""
         self.run.stacks_asked.touch()
-        ask_ranks_here(self.run)
+        if not by_agents(self.plan):  # else each node asks its own
+            ask_ranks_here(self.run)
         deadline = time.monotonic() + _SECONDS_FOR_STACKS
         while True:
             is_last = time.monotonic() > deadline

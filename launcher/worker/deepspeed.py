@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
         wait_for_go()
     # At SIGTERM ranks save, and it would end them. They inherit this, and wait for SIGTERM in a way of their own.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    node.answer_for_ranks(run)
+    node.answer_for_ranks(run, node.rank_of(argv))
     sys.argv = ["launch", *(f"--master_port={_free_port()}" if word == _ANY_PORT else word for word in argv)]
     try:
         launch.main()

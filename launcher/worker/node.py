@@ -50,17 +50,17 @@ def rank_of(argv: Sequence[str]) -> int:
     return next((int(match[1]) for match in found if match), 0)
 
 
-def answer_for_ranks(run: RunDir) -> None:
+def answer_for_ranks(run: RunDir, rank: int) -> None:
     """From now on have this node's ranks write down where they are when the supervisor asks for it, which may be on another host."""
-    threading.Thread(target=_answer, args=(run,), daemon=True).start()
+    threading.Thread(target=_answer, args=(run, rank), daemon=True).start()
 
 
-def _answer(run: RunDir) -> None:
+def _answer(run: RunDir, rank: int) -> None:
     while True:
         time.sleep(_SECONDS_BETWEEN_LOOKS)
         with contextlib.suppress(OSError):
             if run.stacks_asked.exists():
-                ask_ranks_here(run)
+                ask_ranks_here(run, rank)
 
 
 def failed(run: RunDir, rank: int, first: int, exit_codes: dict[int, int]) -> int:

@@ -166,6 +166,20 @@ def test_a_rank_that_is_killed_on_the_other_host_is_named(head: Head) -> None:
 
 
 @pytest.mark.slow
+def test_a_rank_that_is_stopped_on_the_other_host_is_named(head: Head) -> None:
+    run = RunDir(head.folder / "run")
+    process = head.launch("--run-dir", "run", "launch.stall_seconds=5", *LONG)
+    head.wait_for(process, lambda: trains(run.path))
+    rank = read_json(run.heartbeat(2))["pid"]  # as node-b counts
+    subprocess.run(head.hosts[1].inside(["kill", "-STOP", str(rank)]), check=True)
+
+    assert process.wait(40) == 124, head.said
+    assert "rank 2 (node-b, cpu)" in head.said
+    assert "its process is stopped" in head.said
+    assert not head.left(0.5)
+
+
+@pytest.mark.slow
 def test_deepspeeds_launcher_ends_on_both_hosts_and_nothing_of_its_name_elsewhere(head: Head) -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     # What DeepSpeed's own runner would end, on every host, at Ctrl-C.
