@@ -133,7 +133,17 @@ def _last(log: Path) -> str:
 
 def submit(launch: Launcher, cluster: Cluster, recipe: Path, *words: str) -> str:
     """The number of the job."""
-    done = launch(recipe, "--run-dir", "run", "--slurm", "partition=debug", "nodes=2", *words, **cluster.env)
+    done = launch(
+        recipe,
+        "--run-dir",
+        "run",
+        "--slurm",
+        "partition=debug",
+        "nodes=2",
+        "train.global_batch=8",
+        *words,
+        **cluster.env,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.split("job ")[1].split(";")[0]
 
