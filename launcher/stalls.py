@@ -127,7 +127,8 @@ class Watch:
     def standing(self) -> list[Standing]:
         """Have every rank write down where it is, and read it."""
         self.run.stacks_asked.touch()
-        ask_ranks_here(self.run)
+        if self.plan.cluster.num_nodes == 1:  # else the first node need not be this machine
+            ask_ranks_here(self.run)
         deadline = time.monotonic() + _SECONDS_FOR_STACKS
         while True:
             is_last = time.monotonic() > deadline
