@@ -188,7 +188,7 @@ def test_a_rank_of_the_other_host_is_killed_and_all_start_again_then_one_is_stop
     assert "its process is stopped (SIGSTOP, Ctrl-Z or a debugger)" in head.said
     report = report_of(run.path)
     assert [attempt["exit_code"] for attempt in report["attempts"]] == [137, 124]
-    assert sum("waits for others at" in where for where in report["failure"]["waits"]) >= 1
+    assert sum("waiting for others at" in where for where in report["failure"]["waits"]) >= 1
     assert not head.left(0.5)
 
 
