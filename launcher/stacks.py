@@ -11,11 +11,12 @@ import json
 import os
 import re
 import signal
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.processes import is_running
+from launcher.processes import is_running, recorded
 from launcher.rundir import RunDir, read_json
 
 _STOPPED = ("T", "t")
@@ -68,15 +69,14 @@ class Stacks:
         return "\n".join(["Stack (most recent call last):", *map(str, self.main)]) if self.main else ""
 
 
-def ask_ranks_here(run: RunDir, node: int = 0) -> None:
-    """Have every rank of this node that runs and was not asked yet write down where it is.
+def ask_ranks_here(run: RunDir, node: int = 0, ranks: Iterable[int] | None = None) -> None:
+    """Have every rank of this node that was not asked yet write down where it is.
 
     Args:
-        node: the number of the one that this is; what another host's ranks have written down says nothing about processes here.
+        ranks: of that node, where they are known.
     """
-    for path in run.heartbeats.glob("[0-9]*.json"):
-        beat = read_json(path)
-        if not beat or beat.get("node", 0) != node or not is_running(beat):
+    for beat in recorded(run, node, ranks):
+        if "rank" not in beat or not is_running(beat):
             continue
         rank, pid = int(beat["rank"]), int(beat["pid"])
         state = _state(pid)

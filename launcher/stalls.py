@@ -82,15 +82,15 @@ class Standing:
     def where(self) -> str:
         """What it does, in a few words."""
         if self.stacks.is_stopped:
-            return "is stopped"
+            return "stopped"
         if not self.stacks.main:
-            return "does not answer" if self.phase != "start" else "has not started"
+            return "no answer" if self.phase != "start" else "not started"
         inner = self.stacks.main[-1]
         ours = [frame for frame in self.stacks.main if "/launcher/" in frame.file]
         frame = ours[-1] if ours else inner
         place = f"{'/'.join(frame.file.split('/')[-2:])}:{frame.line} in {frame.function}"
         called = "" if frame is inner else f" → {inner.function} ({inner.file.split('/')[-1]}:{inner.line})"
-        return f"{'waits for others' if self.stacks.waits else 'is'} at {place}{called}"
+        return f"{'waiting for others at' if self.stacks.waits else 'at'} {place}{called}"
 
 
 class Watch:
@@ -215,7 +215,7 @@ def _groups(ranks: list[Standing]) -> list[str]:
     groups: dict[str, list[int]] = {}
     for one in ranks:
         at = f"step {one.step}" if one.phase in _TRAINING else one.phase
-        groups.setdefault(f"({at}) {one.where}", []).append(one.rank)
+        groups.setdefault(f"({at}): {one.where}", []).append(one.rank)
     return [f"{_names(numbers)} {where}" for where, numbers in groups.items()]
 
 

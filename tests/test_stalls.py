@@ -146,8 +146,8 @@ def test_a_stall_in_words() -> None:
     assert told["rank"] == 7
     assert told["cause"] == "no sign of life for 12 s, more than launch.stall_seconds: 10: rank 7 stands still"
     assert told["waits"] == [
-        "ranks 0–6 (step 5) waits for others at distributed/c.py:4 in all_reduce",
-        "rank 7 (step 5) is at me/rows.py:7 in locked",
+        "ranks 0–6 (step 5): waiting for others at distributed/c.py:4 in all_reduce",
+        "rank 7 (step 5): at me/rows.py:7 in locked",
     ]
     assert "launch resume RUN launch.stall_seconds=100" in told["to_type"]
 

@@ -16,6 +16,7 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+from launcher.plan import read_plan
 from launcher.worker import node
 from launcher.worker.pulse import wait_for_go
 
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int:
         wait_for_go()
     # At SIGTERM ranks save, and it would end them. They inherit this, and wait for SIGTERM in a way of their own.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    node.answer_for_ranks(run, node.rank_of(argv))
+    node.answer_for_ranks(run, read_plan(run), node.rank_of(argv))
     sys.argv = ["launch", *(f"--master_port={_free_port()}" if word == _ANY_PORT else word for word in argv)]
     try:
         launch.main()

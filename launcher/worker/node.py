@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.plan import Plan
 from launcher.processes import count_oom_kills
 from launcher.rundir import WAIT, RunDir, write_json
 from launcher.stacks import ask_ranks_here
@@ -44,23 +45,29 @@ def begin(argv: Sequence[str]) -> tuple[RunDir, list[str], bool]:
     return run, argv, waits
 
 
-def rank_of(argv: Sequence[str]) -> int:
-    """The number of this node, from either launcher's arguments; 0 where there is no other."""
-    found = (re.fullmatch(r"--node[-_]rank=(\d+)", word) for word in argv)
-    return next((int(match[1]) for match in found if match), 0)
+def answer_for_ranks(run: RunDir, plan: Plan, rank: int) -> None:
+    """From now on have this node's ranks write down where they are when the supervisor asks for it, which may be on another host.
+
+    Args:
+        rank: of this node.
+    """
+    num = [len(node.devices) for node in plan.cluster.nodes]
+    ranks = range(sum(num[:rank]), sum(num[: rank + 1])) if len(num) > 1 else range(plan.num_processes)
+    threading.Thread(target=_answer, args=(run, rank, ranks), daemon=True).start()
 
 
-def answer_for_ranks(run: RunDir, rank: int) -> None:
-    """From now on have this node's ranks write down where they are when the supervisor asks for it, which may be on another host."""
-    threading.Thread(target=_answer, args=(run, rank), daemon=True).start()
-
-
-def _answer(run: RunDir, rank: int) -> None:
+def _answer(run: RunDir, rank: int, ranks: range) -> None:
     while True:
         time.sleep(_SECONDS_BETWEEN_LOOKS)
         with contextlib.suppress(OSError):
             if run.stacks_asked.exists():
-                ask_ranks_here(run, rank)
+                ask_ranks_here(run, rank, ranks)
+
+
+def rank_of(argv: Sequence[str]) -> int:
+    """The number of this node, from either launcher's arguments; 0 where there is no other."""
+    found = (re.fullmatch(r"--node[-_]rank=(\d+)", word) for word in argv)
+    return next((int(match[1]) for match in found if match), 0)
 
 
 def failed(run: RunDir, rank: int, first: int, exit_codes: dict[int, int]) -> int:

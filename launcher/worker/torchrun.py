@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         api.get_subprocess_handler = ForkServer.open(plan, rank).handler
     if waits:
         wait_for_go()
-    node.answer_for_ranks(run, node.rank_of(argv))
+    node.answer_for_ranks(run, plan, node.rank_of(argv))
     try:
         torchrun(argv)
     except ChildFailedError as error:

@@ -166,16 +166,29 @@ def test_a_rank_that_is_killed_on_the_other_host_is_named(head: Head) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_stopped_on_the_other_host_is_named(head: Head) -> None:
+def test_a_rank_of_the_other_host_is_killed_and_all_start_again_then_one_is_stopped_and_named(head: Head) -> None:
     run = RunDir(head.folder / "run")
-    process = head.launch("--run-dir", "run", "launch.stall_seconds=5", *LONG)
-    head.wait_for(process, lambda: trains(run.path))
-    rank = read_json(run.heartbeat(2))["pid"]  # as node-b counts
-    subprocess.run(head.hosts[1].inside(["kill", "-STOP", str(rank)]), check=True)
+    process = head.launch("--run-dir", "run", "launch.max_restarts=1", "launch.stall_seconds=5", *LONG)
+
+    def signal_rank_2(name: str) -> None:
+        rank = read_json(run.heartbeat(2))["pid"]  # as node-b counts
+        subprocess.run(head.hosts[1].inside(["kill", f"-{name}", str(rank)]), check=True)
+
+    head.wait_for(process, lambda: any(event["event"] == "save" for event in read_events(run)[0]))
+    signal_rank_2("KILL")
+    head.wait_for(process, lambda: "restart 1 of 1 from step-" in head.said)
+    head.wait_for(process, lambda: sum(event["event"] == "train" for event in read_events(run)[0]) == 2)
+    head.wait_for(process, lambda: (read_json(run.heartbeat(2)) or {}).get("phase") == "train")
+    signal_rank_2("STOP")
+    stopped = time.monotonic()
 
     assert process.wait(40) == 124, head.said
-    assert "rank 2 (node-b, cpu)" in head.said
-    assert "its process is stopped" in head.said
+    assert time.monotonic() - stopped < 25
+    assert "rank 2 (node-b, cpu) at step " in head.said
+    assert "its process is stopped (SIGSTOP, Ctrl-Z or a debugger)" in head.said
+    report = report_of(run.path)
+    assert [attempt["exit_code"] for attempt in report["attempts"]] == [137, 124]
+    assert sum("waiting for others at" in where for where in report["failure"]["waits"]) >= 1
     assert not head.left(0.5)
 
 

@@ -35,8 +35,8 @@ def test_a_stopped_rank_is_found_and_named(launch: Launcher, recipe: Path, tmp_p
     assert (failure["rank"], failure["exit_code"]) == (1, 124)
     waiting, blamed = sorted(failure["waits"])
     assert blamed.startswith("rank 1 (step ")
-    assert blamed.endswith(") is stopped")
-    assert "waits for others at" in waiting
+    assert blamed.endswith("): stopped")
+    assert "waiting for others at" in waiting
     assert "launcher/worker/__main__.py" in run.stacks(0).read_text()
     assert [event["rank"] for event in read_events(run)[0] if event["event"] == "stalled"] == [1]
 
