@@ -43,6 +43,14 @@ def passing_bytes(request: MemoryRequest) -> int:
     return request.num_tokens * max(fullest)
 
 
+def experts_back_bytes(request: MemoryRequest) -> int:
+    """What a layer of experts holds when the gradients of all their weights are there: the activation of the MLP is gone, and the
+    gradients of its input, of each expert's copy of the tokens and of the stream have come."""
+    shape, c = request.shape, request.compute_dtype_bytes
+    came = (2 - shape.mlp_tensors) * shape.mlp_width * c + (_active_experts(shape) + 1) * shape.hidden_size * c
+    return kept_bytes(request) + request.num_tokens * came
+
+
 def untouched_bytes(request: MemoryRequest) -> int:
     """What the first layer does not keep, because nothing below it is trained and no gradient has to go there.
 
@@ -121,10 +129,18 @@ def _mlp(request: MemoryRequest) -> int:
     takes_power = family(shape.family).layout == "phi" and shape.mlp_tensors == _GELU_IN_PYTHON
     if takes_power and request.kind == "cuda":
         return shape.mlp_width * (3 * 4 + c)
+    active = _active_experts(shape)
+    # Each expert's own copy of its input; and where it is trained, what chooses them keeps the input of all.
+    experts = (active + (request.full and active > 0)) * shape.hidden_size * c
+    # A 4-bit layer answers in the precision that it was asked in.
+    wider = (4 - c) * shape.mlp_width if request.quantization == "nf4" and request.norms_in_fp32 else 0
+    return shape.mlp_tensors * shape.mlp_width * c + experts + wider
+
+
+def _active_experts(shape: ModelShape) -> int:
+    """Experts that a token goes through, beside a shared one."""
     shared, _ = shape.linears.get("mlp.shared_expert.down_proj", (0, 0))
-    active = (shape.mlp_width - shared) // shape.intermediate_size if "mlp.experts" in shape.modules else 0
-    experts = active * shape.hidden_size * c  # each expert's own copy of its input
-    return shape.mlp_tensors * shape.mlp_width * c + experts
+    return (shape.mlp_width - shared) // shape.intermediate_size if "mlp.experts" in shape.modules else 0
 
 
 def _inputs(request: MemoryRequest) -> int:
@@ -157,7 +173,9 @@ def _inputs(request: MemoryRequest) -> int:
     if (request.strategy == "zero3" or request.quantization == "int8") and not request.full:
         # The linear layers of DeepSpeed and of bitsandbytes keep any input; attention's own output is kept anyway.
         inputs = {(_block(name), name == last[_block(name)]): size for name, (size, _) in shape.linears.items()}
-        kept += sum(size for (block, ends), size in inputs.items() if not ends or block.startswith("mlp")) * value_bytes
+        normed = 4 if request.norms_in_fp32 else value_bytes
+        for (block, ends), size in inputs.items():
+            kept += size * (normed if not ends else value_bytes if block.startswith("mlp") else 0)
     return kept
 
 
