@@ -48,7 +48,7 @@ def experts_back_bytes(request: MemoryRequest) -> int:
     gradients of its input, of each expert's copy of the tokens and of the stream have come."""
     shape, c = request.shape, request.compute_dtype_bytes
     came = (2 - shape.mlp_tensors) * shape.mlp_width * c + (_active_experts(shape) + 1) * shape.hidden_size * c
-    return kept_bytes(request) + request.num_tokens * came
+    return kept_bytes(request) + request.num_tokens * (came - _trained_experts(shape) * c)
 
 
 def untouched_bytes(request: MemoryRequest) -> int:
@@ -130,11 +130,18 @@ def _mlp(request: MemoryRequest) -> int:
     if takes_power and request.kind == "cuda":
         return shape.mlp_width * (3 * 4 + c)
     active = _active_experts(shape)
-    # Each expert's own copy of its input; and where it is trained, what chooses them keeps the input of all.
+    # Each expert's answer, which is weighted; and where it is trained, what chooses them keeps the input of all.
     experts = (active + (request.full and active > 0)) * shape.hidden_size * c
+    experts += _trained_experts(shape) * c if request.full else 0
     # A 4-bit layer answers in the precision that it was asked in.
     wider = (4 - c) * shape.mlp_width if request.quantization == "nf4" and request.norms_in_fp32 else 0
     return shape.mlp_tensors * shape.mlp_width * c + experts + wider
+
+
+def _trained_experts(shape: ModelShape) -> int:
+    """Inputs of the two products of the experts that a token goes through: kept where their weights are trained."""
+    active = _active_experts(shape)
+    return active * (shape.hidden_size + shape.intermediate_size)
 
 
 def _active_experts(shape: ModelShape) -> int:
