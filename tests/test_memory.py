@@ -92,8 +92,11 @@ def test_sharded_over_eight_cards_too(config, adapter):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("quantization", ["int8", "nf4"])
-@pytest.mark.parametrize("config", [LLAMA_2_7B | FOUR_LAYERS, BLOOM], ids=["llama", "bloom"])
+@pytest.mark.parametrize(
+    ("config", "quantization"),
+    [(LLAMA_2_7B | FOUR_LAYERS, "int8"), (LLAMA_2_7B | FOUR_LAYERS, "nf4"), (BLOOM, "int8")],
+    ids=["llama-int8", "llama-nf4", "bloom-int8"],
+)  # fmt: skip
 def test_quantized_layers_keep_what_the_oracle_sees_them_keep(config, quantization, checkpointing):
     """bitsandbytes' int8 layers hold their inputs, outside of what checkpointing could let go: it has to be the reentrant one."""
     pytest.importorskip("bitsandbytes", reason="quantised bases need the extra bitsandbytes")

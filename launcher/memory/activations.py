@@ -31,7 +31,7 @@ def passing_bytes(request: MemoryRequest) -> int:
     it came, in fp32, and again after dropout, and five values of the stream); written-out attention scores, three times.
     """
     shape, c = request.shape, request.compute_dtype_bytes
-    width, stream = shape.mlp_width * c, shape.hidden_size * request.stream_bytes
+    width, stream = shape.mlp_width * _answer_bytes(request), shape.hidden_size * request.stream_bytes
     fullest = [3 * width + stream - (width if request.full else 0)]
     if not request.full and c < ADAPTER_DTYPE_BYTES and not request.hands_over:
         adapter = request.adapter or Adapter()
@@ -133,9 +133,13 @@ def _mlp(request: MemoryRequest) -> int:
     # Each expert's answer, which is weighted; and where it is trained, what chooses them keeps the input of all.
     experts = (active + (request.full and active > 0)) * shape.hidden_size * c
     experts += _trained_experts(shape) * c if request.full else 0
-    # A 4-bit layer answers in the precision that it was asked in.
-    wider = (4 - c) * shape.mlp_width if request.quantization == "nf4" and request.norms_in_fp32 else 0
+    wider = (_answer_bytes(request) - c) * shape.mlp_width
     return shape.mlp_tensors * shape.mlp_width * c + experts + wider
+
+
+def _answer_bytes(request: MemoryRequest) -> int:
+    """Bytes of a value that the MLP's first layer answers: a 4-bit layer answers in the precision that it was asked in."""
+    return 4 if request.quantization == "nf4" and request.norms_in_fp32 else request.compute_dtype_bytes
 
 
 def _trained_experts(shape: ModelShape) -> int:
