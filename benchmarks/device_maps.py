@@ -10,8 +10,8 @@ card's, less what others hold, less a CUDA context.
 All placements are judged by the same model of memory and of time, the planner's: LoRA on the attention, a step of 16 rows of 512
 tokens, weights in bf16 or nf4, AdamW. Each gets the micro batch and the checkpointing (on or off; ours also by device) with which it
 is fastest, and no margin: it fits where every card's fullest moment is within its budget. Theirs run as accelerate runs them, one
-card after the other; ours both so and as a pipeline. Layers in host memory get no gradient under accelerate, so such a placement
-cannot train.
+card after the other; ours both so and as a pipeline, which takes no weights stored in nf4. Layers in host memory get no gradient
+under accelerate, so such a placement cannot train.
 
 How good the two models are: memory_honesty, pipeline and step_time among the results; no card has confirmed them.
 """
@@ -35,6 +35,7 @@ from launcher.modelshape.files import catalogue_config
 from launcher.native import Refusal, native_config
 from launcher.placement import Schedule
 from launcher.plan.deciding import Deciding
+from launcher.plan.mapped import not_pipelined
 from launcher.plan.searching import Candidate, Option, Question
 from launcher.recipe import Recipe
 from launcher.recipe.device_maps import DeviceMap
@@ -135,8 +136,13 @@ def summary(seconds: Sequence[Sequence[float | None]]) -> str:
 def compared(question: Question, path: str) -> Iterator[tuple[float | None, str, str]]:
     """(seconds or None, why not, layers) of ours, pipelined and naive, and of each of theirs."""
     for schedule in ("pipelined", "naive"):
-        best = fastest(question, schedule)
-        yield (best.time.total_s, "", told(question, best)) if best else (None, "does not fit", "")
+        refused = not_pipelined(question.recipe, question.shape, question.cluster) if schedule == "pipelined" else None
+        best = fastest(question, schedule) if refused is None else None
+        yield (
+            (best.time.total_s, "", told(question, best))
+            if best
+            else (None, "refused" if refused else "does not fit", refused or "")
+        )
     model = on_meta(path)
     for how in ("balanced", "sequential", "transformers"):
         device_map = their_map(model, how, budgets(question.cluster), question.recipe.model.quantization == "nf4")

@@ -1,6 +1,7 @@
 """How far is the planner's memory from what training keeps?      goal: 3 % of the oracle at real size, 5 % of real ranks
 
-    python benchmarks/memory_honesty.py [real-size] [ranks] [--out benchmarks/results/memory_honesty_<hardware>_<date>.md]
+    python benchmarks/memory_honesty.py [real-size] [ranks] [--kept FILE [--minutes 4]]
+                                        [--out benchmarks/results/memory_honesty_<hardware>_<date>.md]
 
 real-size: models of 6B to 70B as recipes would train them, `plan.memory` without its context against `oracle.observe`, which is
 as on CUDA: bf16 weights under an adapter, fp32 weights under autocast for full training, masks of padded rows; int8 and nf4
@@ -11,7 +12,8 @@ tensors: the same ledger on tensors that have data, real DDP buckets, real FSDP2
 tiny and a small one. ZeRO needs DeepSpeed, and is left out where it is not installed. What the process grew by, as the kernel saw
 it, stands beside it: it holds gemm workspaces and gloo's buffers too, a few MB of which no tensor knows.
 
-Takes ten minutes on a quiet machine of two cores. One GPU and its allocator: `gpu_memory.py`.
+Takes ten minutes on a quiet machine of two cores. With `--kept` what the oracle or the ranks saw is written down case by case; what
+is there is compared with the plan of today without being measured again. One GPU and its allocator: `gpu_memory.py`.
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kept import Kept
 from page import Page, environment
 
 from launcher.memory import Memory
@@ -132,52 +136,76 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", help="only models of which the name begins so")
     parser.add_argument("--ways", nargs="*", help="only ways of which the name begins so")
     parser.add_argument("--out", type=Path, help="write the page here instead of printing it")
+    parser.add_argument("--kept", type=Path, help="append what is seen to this file, and leave out what is there")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
+    parser.add_argument("--minutes", type=float, help="begin nothing later than this; the page then has what is there")
     options = parser.parse_args()
+    kept = Kept(options.kept)
     page = Page("Honesty of the memory plan", "How far is the memory of a plan from what training keeps?")
     if "real-size" in (options.parts or GOALS):
-        real_size(page, options.models, options.ways)
+        observe_all(kept, chosen_cases(options.models, options.ways), options.jobs, options.minutes)
+        real_size(page, kept, chosen_cases(options.models, options.ways))
     if "ranks" in (options.parts or GOALS):
-        ranks(page)
+        ranks(page, kept)
     page.finish(options.out)
 
 
-def real_size(page: Page, chosen: list[str] | None, ways: list[str] | None) -> None:
-    """Every model in every way, on tensors without data."""
-    cases = [
+def chosen_cases(chosen: list[str] | None, ways: list[str] | None) -> list[tuple[str, dict[str, Any], int]]:
+    """(label, recipe, devices) of every model in every way."""
+    return [
         (f"{name}, {what}", recipe_of(config, way), way.devices)
         for name, config in models().items()
         if not chosen or name.startswith(tuple(chosen))
         for what, way in WAYS.items()
         if not ways or what.startswith(tuple(ways))
     ]
+
+
+def observe_all(kept: Kept, cases: list[tuple[str, dict[str, Any], int]], jobs: int, minutes: float | None) -> None:
+    """Let the oracle see what is not kept yet, on tensors without data."""
+    missing, started = [case for case in cases if case[0] not in kept], time.monotonic()
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        for at in range(0, len(missing), 2 * jobs):
+            if minutes is not None and time.monotonic() - started > 60 * minutes:
+                return
+            batch = missing[at : at + 2 * jobs]
+            answers = [(label, pool.submit(observed, recipe, devices)) for label, recipe, devices in batch]
+            for label, answer in answers:
+                try:
+                    kept.add(label, {"seen": answer.result().model_dump()})
+                except Exception as error:  # noqa: BLE001 - a way that a model cannot go is a finding, not the end
+                    kept.add(label, {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"})
+                print(label, file=sys.stderr, flush=True)
+
+
+def real_size(page: Page, kept: Kept, cases: list[tuple[str, dict[str, Any], int]]) -> None:
+    """Plan against oracle, of everything that was seen."""
+    from oracle import planned
+
     rows, ratios, failed = [], [], []
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
-        answers = [(label, pool.submit(compared, recipe, devices)) for label, recipe, devices in cases]
-        for label, answer in answers:
-            try:
-                predicted, seen = answer.result()
-            except Exception as error:  # noqa: BLE001 - a way that a model cannot go is a finding, not the end
-                failed.append(f"- {label}: {type(error).__name__}: {str(error).splitlines()[0][:160]}")
-                continue
-            ratios.append(without_context(predicted) / seen.total_bytes)
-            rows.append([label, *_cells(predicted, seen, GIB)])
-            print(f"{label}: {ratios[-1] - 1:+.2%}", file=sys.stderr, flush=True)
+    for label, recipe, devices in cases:
+        found = kept.get(label, {"failed": "not run"})
+        if "failed" in found:
+            failed.append(f"- {label}: {found['failed']}")
+            continue
+        predicted, seen = planned(recipe, devices).memory, Memory.model_validate(found["seen"])
+        ratios.append(without_context(predicted) / seen.total_bytes)
+        rows.append([label, *_cells(predicted, seen, GIB)])
     page.section("Real size, against the oracle", _summary("real-size", ratios))
     page.table(["model and way", "predicted, GiB", "oracle, GiB", "off by", "largest difference of a part"], rows)
     if failed:
         page.section("What could not be compared", "\n".join(failed))
 
 
-def compared(recipe: dict[str, Any], devices: int) -> tuple[Memory, Memory]:
-    """Prediction and oracle of a recipe."""
+def observed(recipe: dict[str, Any], devices: int) -> Memory:
+    """What the oracle sees of a recipe."""
     if recipe["model"]["quantization"] == "none":
         sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # as a rank does: PEFT would import it for a second
     elif sys.modules.get("bitsandbytes", ...) is None:
         del sys.modules["bitsandbytes"]
     from oracle import observe, planned
 
-    plan = planned(recipe, devices)
-    return plan.memory, observe(plan)
+    return observe(planned(recipe, devices))
 
 
 def without_context(memory: Memory) -> int:
@@ -218,7 +246,7 @@ def rank_ways(strategy: str) -> Iterator[tuple[str, Way]]:
             yield name, Way(adapter, checkpointing, 4, 128, strategy, devices, "padded", 1)
 
 
-def ranks(page: Page) -> None:
+def ranks(page: Page, kept: Kept) -> None:
     """Every family and strategy in real ranks; one torchrun a strategy."""
     rows, ratios = [], []
     strategies = ["single", "ddp", "fsdp"]
@@ -232,7 +260,9 @@ def ranks(page: Page) -> None:
             for name, way in rank_ways(strategy)
         ]
         devices = 1 if strategy == "single" else 2
-        for (name, recipe), found in zip(cases, measured([recipe for _, recipe in cases], devices), strict=True):
+        if strategy not in kept:
+            kept.add(strategy, measured([recipe for _, recipe in cases], devices))
+        for (name, recipe), found in zip(cases, kept[strategy], strict=True):
             from oracle import planned
 
             predicted, seen = planned(recipe, devices, "cpu").memory, Memory.model_validate(found["memory"])

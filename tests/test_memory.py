@@ -43,6 +43,11 @@ QWEN_7B = {
     "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False,
 }  # fmt: skip
 FOUR_LAYERS = {"num_hidden_layers": 4}  # as wide as the real one; what the ends and one layer need counts for more
+MIXTRAL: dict[str, Any] = {
+    "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "vocab_size": 32000, "num_local_experts": 8, "sliding_window": None, "tie_word_embeddings": False,
+}  # fmt: skip
+BLOOM: dict[str, Any] = {"model_type": "bloom", "hidden_size": 4096, "n_layer": 4, "n_head": 32, "vocab_size": 250880}
 DROPOUT = {"targets": "all-linear", "dropout": 0.1}
 FULL_TRAINING = {"type": "full"}
 
@@ -75,22 +80,28 @@ def test_the_estimate_is_what_the_oracle_sees(config, adapter, rows, length, che
     assert plan.memory.optimizer_bytes == pytest.approx(seen.optimizer_bytes, rel=1e-3)
 
 
-@pytest.mark.parametrize("adapter", [DROPOUT, FULL_TRAINING])
-def test_sharded_over_eight_cards_too(adapter):
+@pytest.mark.parametrize(
+    ("config", "adapter"), [(QWEN_7B, DROPOUT), (QWEN_7B, FULL_TRAINING), (MIXTRAL, FULL_TRAINING)]
+)  # fmt: skip
+def test_sharded_over_eight_cards_too(config, adapter):
     train = {"micro_batch": 2, "global_batch": 16, "max_steps": 2, "gradient_checkpointing": True}
-    asked = recipe(QWEN_7B | FOUR_LAYERS, adapter, train, data={"max_length": 2048}, strategy={"type": "fsdp"})
+    asked = recipe(config | FOUR_LAYERS, adapter, train, data={"max_length": 2048}, strategy={"type": "fsdp"})
     plan = planned(asked, num_devices=8)
     seen = observe(plan)
     assert plan.memory.total_bytes - plan.memory.context_bytes == pytest.approx(seen.total_bytes, rel=0.03)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("quantization", ["int8", "nf4"])
-def test_quantized_layers_keep_what_the_oracle_sees_them_keep(quantization, checkpointing):
+@pytest.mark.parametrize(
+    ("config", "quantization"),
+    [(LLAMA_2_7B | FOUR_LAYERS, "int8"), (LLAMA_2_7B | FOUR_LAYERS, "nf4"), (BLOOM, "int8")],
+    ids=["llama-int8", "llama-nf4", "bloom-int8"],
+)  # fmt: skip
+def test_quantized_layers_keep_what_the_oracle_sees_them_keep(config, quantization, checkpointing):
     """bitsandbytes' int8 layers hold their inputs, outside of what checkpointing could let go: it has to be the reentrant one."""
     pytest.importorskip("bitsandbytes", reason="quantised bases need the extra bitsandbytes")
     train = {"micro_batch": 2, "global_batch": 2, "max_steps": 2, "gradient_checkpointing": checkpointing}
-    asked = recipe(LLAMA_2_7B | FOUR_LAYERS, {}, train, data={"max_length": 1024})
+    asked = recipe(config, {}, train, data={"max_length": 1024})
     asked["model"]["quantization"] = quantization
     plan = planned(asked)
     seen = observe(plan)

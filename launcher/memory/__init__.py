@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from launcher.cluster import GIB
-from launcher.memory.activations import kept_bytes, passing_bytes, untouched_bytes
+from launcher.memory.activations import experts_back_bytes, kept_bytes, passing_bytes, untouched_bytes
 from launcher.memory.request import Logits, Memory, MemoryRequest, tokens_at_once, unmasked
 from launcher.memory.states import (
     adapter_bytes,
@@ -31,6 +31,7 @@ __all__ = [
     "always_bytes",
     "casts_bytes",
     "dequantized_bytes",
+    "embedding_norm_bytes",
     "ends_bytes",
     "estimate",
     "kept_bytes",
@@ -91,6 +92,7 @@ def _moments(request: MemoryRequest) -> Iterator[_Moment]:
         if request.gradient_checkpointing
         else shape.num_layers * kept - untouched_bytes(request)
     )
+    layers += embedding_norm_bytes(request)
     activations = layers + ends_bytes(request) + mask_bytes(request)
     again = kept if request.gradient_checkpointing else 0
     casts, head_cast, layer_casts = casts_bytes(request)
@@ -109,6 +111,7 @@ def _moments(request: MemoryRequest) -> Iterator[_Moment]:
     headed = max(before, _gradient_share(request, shape.head_parameters))
     yield layers + again + passing, 0, always_back + passing_layers, headed
     yield below, 0, always_back + (4 if request.full else 3) * layer, headed
+    yield from _experts_going_back(request, layer, always_back, before)
     # The first layer goes backward: what the others kept is gone, their gradients are there. Then the embedding.
     first = request.num_tokens * shape.hidden_size * request.stream_bytes
     missing = _gradient_share(request, shape.layer_parameters + shape.embedding_parameters)
@@ -132,6 +135,26 @@ def logits_bytes(request: MemoryRequest) -> tuple[int, int]:
     return at_once * (vocabulary * (c + 4 if c < 4 else 4) + stream) + 3 * tokens * stream, 2 * tokens * stream
 
 
+def _experts_going_back(request: MemoryRequest, layer: int, always: int, before: int) -> Iterator[_Moment]:
+    """Experts are most of their layer, and their gradients are there as one tensor each before FSDP takes them, with what the layer keeps.
+
+    Those of the last product, a third of them, while the activation of the MLP is undone; those of all, with what attention kept. In
+    the second layer from the bottom or from the top, where another layer arrives and the gradients of a third leave.
+    """
+    shape = request.shape
+    if not layer or not request.full or "mlp.experts" not in shape.modules:
+        return
+    stream = request.num_tokens * shape.hidden_size * request.stream_bytes
+    each, given = (stream, stream) if request.gradient_checkpointing else (kept_bytes(request), 0)
+    weights = shape.modules["mlp.experts"] * request.compute_dtype_bytes
+    undone = kept_bytes(request) + passing_bytes(request) + weights // 3
+    for below in (1, shape.num_layers - 2):
+        gone = shape.head_parameters + (shape.num_layers - 1 - below) * shape.layer_parameters
+        gradients = max(before, _gradient_share(request, gone))
+        for own in (undone, experts_back_bytes(request) + weights):
+            yield max(0, below) * each + given + own, 0, always + 3 * layer, gradients
+
+
 def _gradient_share(request: MemoryRequest, parameters: int) -> int:
     """The gradients of some of the base's parameters, where they are trained."""
     return gradients_bytes(request) * parameters // request.trainable_parameters if request.full else 0
@@ -140,6 +163,14 @@ def _gradient_share(request: MemoryRequest, parameters: int) -> int:
 def _layer_inputs_bytes(request: MemoryRequest) -> int:
     """What checkpointing keeps: the input of each layer."""
     return request.shape.num_layers * request.num_tokens * request.shape.hidden_size * request.stream_bytes
+
+
+def embedding_norm_bytes(request: MemoryRequest) -> int:
+    """What a norm of the embedding keeps where a gradient goes through it: its input in fp32, and beside it the looked-up values."""
+    if not request.norms_embedding or not (request.full or request.gradient_checkpointing):
+        return 0
+    looked_up = 0 if request.full or request.compute_dtype_bytes == 4 else request.compute_dtype_bytes
+    return request.num_tokens * request.shape.hidden_size * (4 + looked_up)
 
 
 def ends_bytes(request: MemoryRequest) -> int:

@@ -31,7 +31,7 @@ def passing_bytes(request: MemoryRequest) -> int:
     it came, in fp32, and again after dropout, and five values of the stream); written-out attention scores, three times.
     """
     shape, c = request.shape, request.compute_dtype_bytes
-    width, stream = shape.mlp_width * c, shape.hidden_size * request.stream_bytes
+    width, stream = shape.mlp_width * _answer_bytes(request), shape.hidden_size * request.stream_bytes
     fullest = [3 * width + stream - (width if request.full else 0)]
     if not request.full and c < ADAPTER_DTYPE_BYTES and not request.hands_over:
         adapter = request.adapter or Adapter()
@@ -41,6 +41,14 @@ def passing_bytes(request: MemoryRequest) -> int:
     if _writes_scores(shape):
         fullest.append(8 * _scores(request))
     return request.num_tokens * max(fullest)
+
+
+def experts_back_bytes(request: MemoryRequest) -> int:
+    """What a layer of experts holds when the gradients of all their weights are there: the activation of the MLP is gone, and the
+    gradients of its input, of each expert's copy of the tokens and of the stream have come."""
+    shape, c = request.shape, request.compute_dtype_bytes
+    came = (2 - shape.mlp_tensors) * shape.mlp_width * c + (_active_experts(shape) + 1) * shape.hidden_size * c
+    return kept_bytes(request) + request.num_tokens * (came - _trained_experts(shape) * c)
 
 
 def untouched_bytes(request: MemoryRequest) -> int:
@@ -121,10 +129,29 @@ def _mlp(request: MemoryRequest) -> int:
     takes_power = family(shape.family).layout == "phi" and shape.mlp_tensors == _GELU_IN_PYTHON
     if takes_power and request.kind == "cuda":
         return shape.mlp_width * (3 * 4 + c)
+    active = _active_experts(shape)
+    # Each expert's answer, which is weighted; and where it is trained, what chooses them keeps the input of all.
+    experts = (active + (request.full and active > 0)) * shape.hidden_size * c
+    experts += _trained_experts(shape) * c if request.full else 0
+    wider = (_answer_bytes(request) - c) * shape.mlp_width
+    return shape.mlp_tensors * shape.mlp_width * c + experts + wider
+
+
+def _answer_bytes(request: MemoryRequest) -> int:
+    """Bytes of a value that the MLP's first layer answers: a 4-bit layer answers in the precision that it was asked in."""
+    return 4 if request.quantization == "nf4" and request.norms_in_fp32 else request.compute_dtype_bytes
+
+
+def _trained_experts(shape: ModelShape) -> int:
+    """Inputs of the two products of the experts that a token goes through: kept where their weights are trained."""
+    active = _active_experts(shape)
+    return active * (shape.hidden_size + shape.intermediate_size)
+
+
+def _active_experts(shape: ModelShape) -> int:
+    """Experts that a token goes through, beside a shared one."""
     shared, _ = shape.linears.get("mlp.shared_expert.down_proj", (0, 0))
-    active = (shape.mlp_width - shared) // shape.intermediate_size if "mlp.experts" in shape.modules else 0
-    experts = active * shape.hidden_size * c  # each expert's own copy of its input
-    return shape.mlp_tensors * shape.mlp_width * c + experts
+    return (shape.mlp_width - shared) // shape.intermediate_size if "mlp.experts" in shape.modules else 0
 
 
 def _inputs(request: MemoryRequest) -> int:
@@ -157,7 +184,9 @@ def _inputs(request: MemoryRequest) -> int:
     if (request.strategy == "zero3" or request.quantization == "int8") and not request.full:
         # The linear layers of DeepSpeed and of bitsandbytes keep any input; attention's own output is kept anyway.
         inputs = {(_block(name), name == last[_block(name)]): size for name, (size, _) in shape.linears.items()}
-        kept += sum(size for (block, ends), size in inputs.items() if not ends or block.startswith("mlp")) * value_bytes
+        normed = 4 if request.norms_in_fp32 else value_bytes
+        for (block, ends), size in inputs.items():
+            kept += size * (normed if not ends else value_bytes if block.startswith("mlp") else 0)
     return kept
 
 

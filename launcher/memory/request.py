@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from launcher.families import family
 from launcher.modelshape import ModelShape
 from launcher.recipe.schema import Adapter
 
@@ -82,8 +83,22 @@ class MemoryRequest(BaseModel):
 
     @property
     def stream_bytes(self) -> int:
-        """Bytes of a value between the layers: fp32 weights under autocast keep it in fp32."""
-        return self.weights_dtype_bytes if self.autocast else self.compute_dtype_bytes
+        """Bytes of a value between the layers.
+
+        fp32 weights under autocast keep it in fp32, and so does a norm of the embedding, which CUDA's autocast computes in fp32.
+        """
+        return 4 if self.autocast or (self.norms_embedding and self.norms_in_fp32) else self.compute_dtype_bytes
+
+    @property
+    def norms_in_fp32(self) -> bool:
+        """Whether LayerNorms of half-precision values answer in fp32: CUDA's autocast does that, and RMSNorms are written out."""
+        return self.kind == "cuda" and self.compute_dtype_bytes < 4 and not self.shape.rms_norm and not self.hands_over
+
+    @property
+    def norms_embedding(self) -> bool:
+        """Whether a norm stands between the embedding and the layers."""
+        known = family(self.shape.family)
+        return any(name in self.shape.outer and "norm" in name for name in known.others)
 
     @property
     def masked(self) -> bool:

@@ -14,6 +14,7 @@ from launcher.memory import (
     always_bytes,
     casts_bytes,
     dequantized_bytes,
+    embedding_norm_bytes,
     ends_bytes,
     estimate,
     kept_bytes,
@@ -56,7 +57,7 @@ def moments(request: MemoryRequest, recompute: bool) -> tuple[Moment, ...]:
     casts, head_cast, layer_cast = casts_bytes(request)
     casts = (casts - head_cast) // shape.num_layers  # of each layer; a layer that is computed again makes its own again
     flying = stream if recompute else kept
-    spared = 0 if recompute else untouched_bytes(request)
+    embedded = embedding_norm_bytes(request) - (0 if recompute else untouched_bytes(request))
     (loss, loss_back), behind = logits_bytes(request), ends_bytes(request) + head_cast
 
     def moment(keeps: int, works: int, first: int, last: int, each: int) -> Moment:
@@ -74,9 +75,9 @@ def moments(request: MemoryRequest, recompute: bool) -> tuple[Moment, ...]:
     first_layer = once_in_layers + passing + kept + stream + layer_cast - layer.missing
     step = [part.missing + part.update for part in (layer, embedding, head)]
     return (
-        moment(flying, once, -spared, loss + behind, casts),
-        moment(flying, once, -spared, loss_back + behind, there),
-        moment(flying, last_layer, -spared, head.missing, there),
+        moment(flying, once, embedded, loss + behind, casts),
+        moment(flying, once, embedded, loss_back + behind, there),
+        moment(flying, last_layer, embedded, head.missing, there),
         moment(0, first_layer, 0, head.missing, layer.missing),
         moment(0, 0, step[1], step[2], step[0]),
     )
