@@ -54,8 +54,8 @@ def main() -> None:
     plan = planned(options.layers)
     whole = plan.model_copy(update={"logits": "whole", "batching": "padded"})
     found = {
-        "the seed's recipe": peaks(whole, as_they_come(rows, options.epochs)),
-        "ours": peaks(plan, as_planned(rows, plan, options.epochs)),
+        "the seed's recipe": peaks(whole, list(as_they_come(rows, options.epochs))),
+        "ours": peaks(plan, list(as_planned(rows, plan, options.epochs))),
     }
     page = Page("Memory of ranks that do the same job", "Is one rank fuller than another?")
     page.section(
@@ -110,7 +110,7 @@ def as_planned(rows: list[Row], plan: Plan, epochs: int) -> Iterator[list[list[R
             yield [[rows[row] for row in batch] for batch in step]
 
 
-def peaks(plan: Plan, steps: Iterator[list[list[Row]]]) -> list[list[int]]:
+def peaks(plan: Plan, steps: list[list[list[Row]]]) -> list[list[int]]:
     """Bytes of each rank at its fullest, of every step."""
     seen: dict[tuple[int, int, int], int] = {}
     found = []
