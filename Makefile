@@ -27,6 +27,10 @@ bench:              ## the results pages of this machine
 	python benchmarks/scaling.py
 	# python benchmarks/{memory_balance,data_prep,throughput_vs_peers,startup_vs_peers}.py --data alpaca_en_demo.json [--environments DIR]
 	# python benchmarks/gpu_step.py, on a machine with a card
+	python benchmarks/device_maps.py
+	python benchmarks/checkpoint_stall.py
+	# python benchmarks/chaos.py, which takes an hour or more
+	python benchmarks/many_nodes.py
 
 schema:             ## what editors complete recipes with
 	launch schema recipes/schema.json

@@ -1,9 +1,10 @@
 """Is anything ever lost? Runs are killed, failed and damaged at random, then resumed: the end has to be that of a run nothing happened to.
 
-    python benchmarks/chaos.py [--trials 200] [--seed 1] [--out benchmarks/results/chaos_<hardware>_<date>.md]
+    python benchmarks/chaos.py [--trials 200] [--seed 1] [--kept FILE [--minutes 10]] [--out benchmarks/results/chaos_<hardware>_<date>.md]
 
-Each trial starts `launch` on a tiny model with two CPU ranks, 20 steps and a checkpoint every two, in the foreground or the background, by
-DDP or FSDP, and draws one of:
+With `--kept` every trial is written down as it ends, and the same command goes on behind it: all at once takes an hour. A trial is
+drawn by seed and number alone, `--only NUMBER` repeats it. Each starts `launch` on a tiny model with two CPU ranks, 20 steps and a
+checkpoint every two, in the foreground or the background, by DDP or FSDP, and draws one of:
 
   inside    at the n-th open, write, flush, rename, mkdir or rmtree of a save, in a rank that is drawn: the rank is killed, or all
             at once, or the system answers with an error (no space, I/O error, read-only), once or from then on
@@ -12,7 +13,7 @@ DDP or FSDP, and draws one of:
   damage    after a SIGKILL the newest checkpoint gets a flipped bit, is cut, loses a file or its manifest, or gets that of another run
 
 Then every checkpoint that is there has to be whole (but the damaged one), `launch resume` has to end with 0, and the losses of all steps
-and the bytes of the last weights have to be those of the undisturbed run. Takes some 15 s a trial on two busy cores.
+and the bytes of the last weights have to be those of the undisturbed run. All share one cache of prepared data.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from kept import Kept
 from page import Page, environment
 
 _ROOT = str(Path(__file__).resolve().parents[1])
@@ -67,6 +70,7 @@ class Trial:
         hit: whether the run ended because of it, not by itself before.
         resumed_from: the step it went on from, None for the beginning.
         wrong: what was other than it has to be; empty for a trial that went well.
+        seconds: that the trial took.
     """
 
     kind: str
@@ -74,6 +78,7 @@ class Trial:
     hit: bool
     resumed_from: int | None
     wrong: str
+    seconds: float
 
 
 class Chaos:
@@ -81,6 +86,7 @@ class Chaos:
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder = folder
+        self.seed = seed
         self.draw = random.Random(seed)
         self.env = {**environment(), "PYTHONPATH": _ROOT, "LAUNCH_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
         rows = [{"instruction": f"Say {number}", "output": f"It is {number * 7} now."} for number in range(40)]
@@ -109,7 +115,8 @@ class Chaos:
 
     def trial(self, number: int) -> Trial:
         """One run, what happens to it, and its resume."""
-        run = RunDir(self.folder / f"trial-{number}")
+        run, started = RunDir(self.folder / f"trial-{number}"), time.monotonic()
+        self.draw = random.Random(f"{self.seed}, {number}")
         strategy, later = self.draw.choice(("ddp", "ddp", "fsdp")), self.draw.choice(("false", "true"))
         kind = self.draw.choice(("inside", "inside", "outside", "outside", "asked", "damage"))
         env, what = self.inside() if kind == "inside" else ({}, "")
@@ -122,7 +129,8 @@ class Chaos:
             process.wait(120)
         except subprocess.TimeoutExpired:
             process.kill()
-            return Trial(kind, f"{strategy}, async {later}: {what}", True, None, "the launcher did not end in 120 s")
+            told, wrong = f"{strategy}, async {later}: {what}", "the launcher did not end in 120 s"
+            return Trial(kind, told, True, None, wrong, time.monotonic() - started)
         wait_for_the_dead(run)
         hit = process.returncode != 0
         wrong = (
@@ -135,7 +143,7 @@ class Chaos:
         wrong = wrong or self.resumed(run, strategy, later, hit)
         told = f"{strategy}, async {later}: {what}{f'; {damaged}' if damaged else ''}"
         shutil.rmtree(run.path, ignore_errors=True)
-        return Trial(kind, told, hit, newest.step if newest else None, wrong)
+        return Trial(kind, told, hit, newest.step if newest else None, wrong, time.monotonic() - started)
 
     def inside(self) -> tuple[dict[str, str], str]:
         """A fault in the middle of a save."""
@@ -263,20 +271,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Kill, fail and damage runs at random, and resume them.")
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", type=int, nargs="*", help="these trials, by number")
+    parser.add_argument("--kept", type=Path, help="append each trial to this file, and leave out those that are there")
+    parser.add_argument("--minutes", type=float, help="begin no trial later than this")
     parser.add_argument("--out", type=Path, help="write the page here instead of printing it")
     options = parser.parse_args()
     page = Page("Chaos", (__doc__ or "").partition("\n")[0])
-    trials: list[Trial] = []
-    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        chaos = Chaos(Path(folder), options.seed)
-        for number in range(options.trials):
-            trials.append(chaos.trial(number))
-            found = trials[-1]
-            print(
-                f"{number} {found.kind}: {found.what} -> {found.resumed_from} {found.wrong or 'ok'}",
-                file=sys.stderr,
-                flush=True,
-            )
+    kept = Kept(options.kept)
+    numbers = range(options.trials) if options.only is None else options.only
+    if not carried_out(kept, numbers, options.seed, options.minutes):
+        sys.exit(f"{len(kept.results)} of {len(numbers)} trials are done")
+    trials = [Trial(**kept[f"{options.seed}, {number}"]) for number in numbers]
     lost = [trial for trial in trials if trial.wrong]
     page.section(
         f"{len(trials)} injections, {len(lost)} with a loss",
@@ -301,14 +306,32 @@ def main() -> None:
         page.section("Lost")
         page.table(["kind", "what", "wrong"], [(trial.kind, trial.what, trial.wrong) for trial in lost])
     page.section("All of them")
-    page.table(["kind", "what", "hit", "resumed from"], [_told(trial) for trial in trials])
+    page.table(["kind", "what", "hit", "resumed from", "seconds"], [_told(trial) for trial in trials])
     page.finish(options.out)
     sys.exit(bool(lost))
 
 
+def carried_out(kept: Kept, numbers: Sequence[int], seed: int, minutes: float | None) -> bool:
+    """Run what is not kept yet; whether all of it is there now."""
+    missing = [number for number in numbers if f"{seed}, {number}" not in kept]
+    if not missing:
+        return True
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        chaos = Chaos(Path(folder), seed)
+        for number in missing:
+            if minutes is not None and time.monotonic() - started > 60 * minutes:
+                return False
+            found = chaos.trial(number)
+            kept.add(f"{seed}, {number}", asdict(found))
+            told = f"{number} {found.kind}: {found.what} -> {found.resumed_from} {found.wrong or 'ok'}, {found.seconds:.0f} s"
+            print(told, file=sys.stderr, flush=True)
+    return True
+
+
 def _told(trial: Trial) -> tuple[str, ...]:
     start = "the beginning" if trial.resumed_from is None else f"step {trial.resumed_from}"
-    return trial.kind, trial.what, "yes" if trial.hit else "no", start if trial.hit else "–"
+    return trial.kind, trial.what, "yes" if trial.hit else "no", start if trial.hit else "–", f"{trial.seconds:.0f}"
 
 
 if __name__ == "__main__":

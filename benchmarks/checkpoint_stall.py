@@ -1,11 +1,12 @@
 """How long does training stand still for a checkpoint? Goal: in the background at most a tenth of the time in the foreground.
 
-    python benchmarks/checkpoint_stall.py [--out benchmarks/results/checkpoint_stall_<hardware>_<date>.md]
+    python benchmarks/checkpoint_stall.py [--kept FILE [--only STRATEGY]] [--out benchmarks/results/checkpoint_stall_<hardware>_<date>.md]
 
 A Llama of 0.1 B random weights is trained in full, in fp32, by two CPU ranks through `launch` itself, with `checkpoint.async` false and
 true. A checkpoint is weights and two moments, 1.2 GiB. The stall is what the ranks' main thread spends in saving, as TensorBoard shows it
 (`speed/seconds_saving`); beside it the time of the steps that begin while a checkpoint is being written, and of those that do not. The last
-save of a run is left out, because its end waits for it. Takes about ten minutes. ZeRO needs the extra deepspeed.
+save of a run is left out, because its end waits for it. Takes about ten minutes; with `--kept` strategies are written down one by one
+and not measured again. ZeRO needs the extra deepspeed.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from kept import Kept
 from page import Page, environment, seconds
 
 from launcher.rundir import RunDir, read_events
@@ -65,11 +67,17 @@ def main() -> None:
     """Measure, and write the page."""
     parser = argparse.ArgumentParser(description="Measure how long training stands still for a checkpoint.")
     parser.add_argument("--only", help="one strategy")
+    parser.add_argument("--kept", type=Path, help="append what is measured to this file, and leave out what is there")
     parser.add_argument("--out", type=Path, help="write the page here instead of printing it")
     options = parser.parse_args()
     page = Page("Standing still for a checkpoint", (__doc__ or "").partition("\n")[0])
+    kept = Kept(options.kept)
     with tempfile.TemporaryDirectory(prefix="stall-") as folder:
-        rows = [measured(strategy, Path(folder)) for strategy in strategies(options.only)]
+        for strategy in strategies(options.only):
+            if strategy not in kept:
+                kept.add(strategy, [asdict(each) for each in measured(strategy, Path(folder))])
+    there = [strategy for strategy in _STRATEGIES if strategy in kept]
+    rows = [(strategy, *(Measured(**each) for each in kept[strategy])) for strategy in there]
     page.section(
         "Seconds of the main thread in a save",
         "In the background it copies what belongs to the checkpoint; where parameters are sharded it gathers the weights too, whole "
@@ -115,13 +123,12 @@ def strategies(only: str | None) -> list[str]:
     return [each for each in _STRATEGIES if only in (None, each) and (has_deepspeed or not each.startswith("zero"))]
 
 
-def measured(strategy: str, folder: Path) -> tuple[str, Measured, Measured]:
-    """Both runs of a strategy."""
-    found = [
+def measured(strategy: str, folder: Path) -> list[Measured]:
+    """Both runs of a strategy: in the foreground, in the background."""
+    return [
         run(folder / f"{strategy}-{how}", f"strategy.type={strategy}", f"checkpoint.async={how}")
         for how in ("false", "true")
     ]
-    return strategy, found[0], found[1]
 
 
 def run(folder: Path, *overrides: str) -> Measured:

@@ -1,6 +1,8 @@
 """How much of its schedule's theory does a pipeline reach?      goal: 97 % of the gain over naive, and the planned step time within 5 %
 
-    python benchmarks/pipeline.py [--steps 5] [--out benchmarks/results/pipeline_<hardware>_<date>.md]
+    python benchmarks/pipeline.py [--steps 5] [--kept FILE [--boxes BOX ...]] [--out benchmarks/results/pipeline_<hardware>_<date>.md]
+
+With `--kept` what is measured is written down box by box, and not measured again: the machine has to be quiet for minutes only.
 
 Boxes of cards are planned as `launch plan` plans them. Then the real ranks of the product run here, over gloo, with every layer
 replaced by one that computes nothing and waits, forward and backward, as long as the plan says that layer takes on its card: processes
@@ -33,6 +35,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from kept import Kept
 from page import Page, environment
 from ranks import with_script
 
@@ -47,6 +50,8 @@ from launcher.supervise import write_run
 
 GAIN, STEP_TIME = 0.97, 0.05  # the goals
 WAITS = "waits.json"
+REAL = "real layers"
+ORDERS = ("1f1b", "gpipe")
 _PR_SET_TIMERSLACK = 29
 
 # Cards, model, tokens a row, micro batches.
@@ -89,18 +94,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--boxes", nargs="*", default=list(BOXES))
+    parser.add_argument("--kept", type=Path, help="append what is measured to this file, and leave out what is there")
     parser.add_argument("--no-real", action="store_true", help="leave the real layers out")
     parser.add_argument("--out", type=Path)
     parser.add_argument("rank", nargs="*", help=argparse.SUPPRESS)  # how the script starts its own ranks
     options = parser.parse_args()
     if options.rank:
         return be_a_rank(options.rank[0])
-    page = Page("A pipeline against its schedule's theory", __doc__.partition("\n")[0])
+    page, kept = Page("A pipeline against its schedule's theory", __doc__.partition("\n")[0]), Kept(options.kept)
     with tempfile.TemporaryDirectory() as folder:
-        emulated = [row for name in options.boxes for row in measure(name, Path(folder), options.steps)]
+        wanted = [f"{name}, {order}" for name in options.boxes for order in ORDERS]
+        for label in wanted:
+            if label not in kept:
+                name, _, order = label.rpartition(", ")
+                kept.add(label, measure(name, order, Path(folder), options.steps, kept))
+        emulated = [kept[label] for label in wanted]
         page.section(
             "Result",
-            f"Waits instead of layers. Goals: gain at least {GAIN:.0%} of the theory's, step time within {STEP_TIME:.0%} of the plan's.",
+            f"Waits instead of layers. Goals: gain at least {GAIN:.0%} of the theory's, step time within {STEP_TIME:.0%} of the plan's. "
+            "`c` marks stages whose layers are computed again.",
         )
         columns = [
             "box",
@@ -115,50 +127,47 @@ def main() -> int:
         page.table([*columns, "gain", "in theory", "of theory", "met"], emulated)
         if not options.no_real:
             page.section("Real layers", "Eight layers of width 512, 16 rows of 256 tokens, LoRA; one thread a process.")
-            page.table(["what", "step s", "gain", "theory of even stages"], real(Path(folder), options.steps))
+            if REAL not in kept:
+                kept.add(REAL, real(Path(folder), options.steps))
+            page.table(["what", "step s", "gain", "theory of even stages"], kept[REAL])
         page.finish(options.out)
     return 0
 
 
-def measure(name: str, folder: Path, steps: int) -> list[tuple[object, ...]]:
-    """A row of the page for each order of a box."""
+def measure(name: str, order: str, folder: Path, steps: int, kept: Kept) -> tuple[object, ...]:
+    """A row of the page: a box and an order. The naive run of the same waits is measured once."""
     cards, model, tokens, rows = BOXES[name]
-    work = folder / name.replace(", ", "-").replace(" ", "-")
+    work = folder / f"{name}-{order}".replace(", ", "-").replace(" ", "-")
     work.mkdir()
     write_rows(work / "rows.jsonl", 4 * rows, tokens=16)
     recipe = work / "box.yaml"
     recipe.write_text(_PLANNED.format(model=model, tokens=tokens, rows=rows, cards=cards))
-    found: list[tuple[object, ...]] = []
-    naive, placed = 0.0, [""]
-    for order in ("1f1b", "gpipe"):
-        plan = planned(recipe, f"strategy.pipeline={order}")
-        waits = layer_waits(plan)
-        emulated = work / "emulated.yaml"
-        emulated.write_text(_EMULATED.format(layers=plan.shape.num_layers, rows=rows, steps=steps))
-        num = len(plan.stages)
-        if placed != ranges(plan):
-            naive = run(work / f"naive-{order}", emulated, waits, [])
-        placed = ranges(plan)
-        file = work / "map.yaml"
-        file.write_text(f"devices: [{num}xcpu]\nschedule: pipelined\nplacement: [{', '.join(placed)}]\n")
-        override = ["strategy.type=device_map", f"strategy.device_map={file}", f"strategy.pipeline={order}"]
-        pipelined = run(work / order, emulated, waits, override)
-        wanted = plan.time.total_s
-        if pipelined < wanted:
-            raise SystemExit(
-                f"{name}, {order}: {pipelined:.3f} s a step that waits {wanted:.3f} s: its layers did not wait"
-            )
-        theory = rows * sum(stage.seconds for stage in plan.stages) / wanted
-        gain = naive / pipelined
-        met = gain / theory >= GAIN and abs(pipelined / wanted - 1) <= STEP_TIME
-        layers = "+".join(str(stage.stop - stage.first) for stage in plan.stages)
-        row = (
-            name, order, rows, layers, f"{naive:.3f}", f"{pipelined:.3f}", f"{wanted:.3f}", f"{pipelined / wanted:.3f}",
-            f"{gain:.3f}", f"{theory:.3f}", f"{gain / theory:.1%}", "yes" if met else "no",
-        )  # fmt: skip
-        print(*row, file=sys.stderr, flush=True)
-        found.append(row)
-    return found
+    plan = planned(recipe, f"strategy.pipeline={order}")
+    waits = layer_waits(plan)
+    emulated = work / "emulated.yaml"
+    emulated.write_text(_EMULATED.format(layers=plan.shape.num_layers, rows=rows, steps=steps))
+    of_waits = f"naive, {rows} × {sum(map(sum, waits)):.4f} s"
+    if of_waits not in kept:
+        kept.add(of_waits, run(work / "naive", emulated, waits, []))
+    file, placed = work / "map.yaml", ", ".join(ranges(plan))
+    file.write_text(f"devices: [{len(plan.stages)}xcpu]\nschedule: pipelined\nplacement: [{placed}]\n")
+    override = ["strategy.type=device_map", f"strategy.device_map={file}", f"strategy.pipeline={order}"]
+    naive, pipelined = kept[of_waits], run(work / order, emulated, waits, override)
+    wanted = plan.time.total_s
+    if pipelined < wanted:
+        raise SystemExit(
+            f"{name}, {order}: {pipelined:.3f} s a step that waits {wanted:.3f} s: its layers did not wait"
+        )
+    theory = rows * sum(stage.seconds for stage in plan.stages) / wanted
+    gain = naive / pipelined
+    met = gain / theory >= GAIN and abs(pipelined / wanted - 1) <= STEP_TIME
+    layers = "+".join(f"{stage.stop - stage.first}{'c' * stage.recompute}" for stage in plan.stages)
+    row = (
+        name, order, rows, layers, f"{naive:.3f}", f"{pipelined:.3f}", f"{wanted:.3f}", f"{pipelined / wanted:.3f}",
+        f"{gain:.3f}", f"{theory:.3f}", f"{gain / theory:.1%}", "yes" if met else "no",
+    )  # fmt: skip
+    print(*row, file=sys.stderr, flush=True)
+    return row
 
 
 def write_rows(path: Path, num: int, tokens: int) -> None:
@@ -298,7 +307,7 @@ def real(folder: Path, steps: int) -> list[tuple[object, ...]]:
     recipe.write_text(_REAL.format(steps=steps + 3))
     alone = run(work / "naive", recipe, [], [])
     rows: list[tuple[object, ...]] = [("one process of one thread", f"{alone:.3f}", "", "")]
-    for order in ("1f1b", "gpipe"):
+    for order in ORDERS:
         override = [
             "strategy.type=device_map",
             "strategy.schedule=pipelined",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launcher.command import NodeCommand
+from launcher.processes import NodeCommand
 
 
 def with_script(command: NodeCommand, script: str) -> list[str]:

@@ -20,6 +20,7 @@ import click
 
 from launcher import __version__, start
 from launcher.errors import LaunchError, PreflightError, UsageError
+from launcher.runs import VERBS, run_argument
 from launcher.start import Asked, Where
 
 # What a disk says that is full or may not be written; on the control side only the run directory is written to.
@@ -57,11 +58,27 @@ def cli() -> None:
     """
 
 
-nproc_option = click.option(
-    "--nproc", type=click.IntRange(min=1), help="Number of processes, where not all devices are wanted."
-)
+for about_runs in VERBS:
+    cli.add_command(about_runs)
+
+
+def on_devices(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb the flags that say on which hosts and devices it works."""
+    hosts = "Hosts and their slots, in DeepSpeed's format; `hardware` is then what each host has."
+    for flag, more in (
+        ("--exclude", {"metavar": "HOSTS", "help": "All of the hostfile but these hosts and slots."}),
+        ("--include", {"metavar": "HOSTS", "help": "Only these, as in node-a@node-b:0,2."}),
+        ("--hostfile", {"help": hosts}),
+        ("--nproc", {"type": click.IntRange(min=1), "help": "Number of processes, where not all devices are wanted."}),
+    ):
+        verb = click.option(flag, **more)(verb)
+    return verb
+
+
 overrides_argument = click.argument("overrides", nargs=-1, metavar="[key.path=value]…")
-run_argument = click.argument("run_dir", metavar="RUN")
+detach_option = click.option(
+    "--detach", is_flag=True, help="Go on without this terminal; come back with: launch attach RUN"
+)
 
 
 def asks_for_a_plan(verb: Callable[..., None]) -> Callable[..., None]:
@@ -69,23 +86,14 @@ def asks_for_a_plan(verb: Callable[..., None]) -> Callable[..., None]:
 
     @click.argument("recipe", required=False)
     @overrides_argument
-    @nproc_option
-    @click.option(
-        "--hostfile", help="Hosts and their slots, in DeepSpeed's format; `hardware` is then what each host has."
-    )
+    @on_devices
     @click.option(
         "--device-map", help="Spread one model over the devices of this map; without a recipe run the one it names."
     )
     @functools.wraps(verb)
-    def asked(
-        recipe: str | None,
-        overrides: tuple[str, ...],
-        nproc: int | None,
-        hostfile: str | None,
-        device_map: str | None,
-        **others: Any,
-    ) -> None:
-        verb(start.asked(recipe, overrides, Where(nproc, hostfile, device_map)), **others)
+    def asked(recipe: str | None, overrides: tuple[str, ...], **given: Any) -> None:
+        where = Where(**{name: given.pop(name) for name in Where.__dataclass_fields__})
+        verb(start.asked(recipe, overrides, where), **given)
 
     return asked
 
@@ -97,37 +105,48 @@ def asks_for_a_plan(verb: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--rehearse", is_flag=True, help="Run it with a small model on this machine's CPU, ranks and strategy as planned."
 )
-def run(asked: Asked, run_dir: str | None, dry_run: bool, rehearse: bool) -> None:
+@click.option(
+    "--slurm",
+    metavar="NAME=VALUE",
+    help="Submit it to Slurm: options of sbatch, such as --slurm partition=gpu nodes=2 time=24:00:00.",
+)
+@detach_option
+def run(asked: Asked, run_dir: str | None, slurm: str | None, dry_run: bool, rehearse: bool, detach: bool) -> None:
     """Train: plan, prepare, start the ranks, follow them to the end."""
     if run_dir is not None:
         asked = asked.with_overrides(f"launch.run_dir={run_dir}")
-    if rehearse and dry_run:
-        raise UsageError("--rehearse --dry-run", "one starts everything, the other nothing", "leave one of them out")
+    if rehearse and (dry_run or detach):
+        other, what = ("--dry-run", "starts nothing") if dry_run else ("--detach", "goes on without you")
+        raise UsageError(
+            f"--rehearse {other}", f"one tries everything before your eyes, the other {what}", "leave one out"
+        )
     if rehearse:
         start.rehearse(asked)
+    if slurm is not None:
+        from launcher.slurm import submit_run
+
+        submit_run(asked, slurm, dry_run)
+        return
     loaded, plan = start.plan_recipe(asked)
     where = start.new_run_dir(loaded)
     if dry_run:
-        from launcher.command import node_commands, prepare_command
-
-        for command in (prepare_command(plan, where), *node_commands(plan, where)):
-            click.echo(str(command))
+        start.show_commands(plan, where)
         return
-    start.carry_out(loaded.recipe.checkpoint.resume == "auto", plan, where)
+    start.carry_out(loaded.recipe.checkpoint.resume == "auto", plan, where, detach)
 
 
 @cli.command()
 @run_argument
 @overrides_argument
-@nproc_option
-def resume(run_dir: str, overrides: tuple[str, ...], nproc: int | None) -> None:
-    """Go on from the newest valid checkpoint of a run."""
+@on_devices
+@detach_option
+def resume(run_dir: str, overrides: tuple[str, ...], detach: bool, **devices: Any) -> None:
+    """Go on from the newest valid checkpoint of a run, on the same hosts unless others are named."""
     from launcher.rundir import open_run
 
     where = open_run(run_dir)
-    asked = Asked(str(where.recipe), overrides, Where(nproc))
-    _, plan = start.plan_recipe(asked, name=start.name_of(where))
-    start.carry_out(True, plan, where)
+    _, plan = start.plan_recipe(Asked(str(where.recipe), overrides, Where(**devices)), before=where)
+    start.carry_out(True, plan, where, detach)
 
 
 @cli.command()
@@ -293,49 +312,6 @@ def schema(path: str) -> None:
             f"schema {path}", f"cannot be written: {error.strerror}", "name another file, or print it: launch schema -"
         ) from None
     click.echo(f"wrote {path}")
-
-
-@cli.command()
-@click.argument("folder", default="runs")
-def runs(folder: str) -> None:
-    """List the runs of a folder and how they ended."""
-    from launcher.rundir import RunDir, read_json
-
-    for path in sorted(Path(folder).glob("*/plan.json")):
-        report = read_json(RunDir(path.parent).report) or {}
-        result = report.get("result", "not ended")
-        loss = report.get("loss_last")
-        steps = f"step {report.get('steps', 0)}/{report.get('max_steps', 0)}"
-        click.echo(f"{path.parent}  {result}  {steps}{f'  loss {loss:.3f}' if loss is not None else ''}")
-
-
-@cli.command()
-@run_argument
-@click.option("--save", is_flag=True, help="Have it save first, when the step is done that is being worked on.")
-def stop(run_dir: str, save: bool) -> None:
-    """End a run that is being trained; `launch resume RUN` goes on with it."""
-    from launcher import manifest
-    from launcher.rundir import open_run
-    from launcher.show import console, show_stopped
-    from launcher.stopping import stop_run
-
-    where = open_run(run_dir)
-    stop_run(where, run_dir, save)
-    show_stopped(console(), where.path, manifest.folders(where))
-
-
-@cli.command()
-@run_argument
-@click.option("--verify", "every_byte", is_flag=True, help="Read every byte; without it sizes have to do.")
-def checkpoints(run_dir: str, every_byte: bool) -> None:
-    """List the checkpoints of a run: step, size, age, evaluation loss, ranks, and whether each is whole."""
-    from launcher import manifest
-    from launcher.rundir import open_run
-    from launcher.show import console, show_checkpoints
-
-    where = open_run(run_dir)
-    verdicts = (manifest.verify(folder, every_byte) for folder in manifest.folders(where))
-    show_checkpoints(console(), where.path, verdicts, every_byte)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -6,72 +6,107 @@ torchrun.
 
 from __future__ import annotations
 
+import base64
+import json
 import os
-import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from launcher.cluster import Device
+from launcher.cluster import Device, is_here
 from launcher.plan import Plan
+from launcher.processes import NodeCommand
 from launcher.rundir import RunDir, cache_folder
 
 
 @dataclass(frozen=True)
-class NodeCommand:
-    """What one node starts.
+class Rendezvous:
+    """Where the nodes of a run meet, decided before any of them starts.
 
     Args:
-        host: where.
-        argv: the program and its arguments.
-        env: variables set beside the inherited ones; never a setting of the recipe, never a secret.
-        cwd: working directory.
+        address, port: of the first node, whose torchrun listens there.
+        interfaces: by which each node reaches it, in the nodes' order; empty where that is not known yet.
     """
 
-    host: str
-    argv: tuple[str, ...]
-    env: dict[str, str] = field(default_factory=dict)
-    cwd: str = ""
-
-    def __str__(self) -> str:
-        """A line that a shell runs the same way."""
-        env = [f"{key}={shlex.quote(value)}" for key, value in self.env.items()]
-        return " ".join([*(["env", *env] if env else []), shlex.join(self.argv)])
+    address: str
+    port: int
+    interfaces: tuple[str, ...] = ()
 
 
-def node_commands(plan: Plan, run: RunDir) -> tuple[NodeCommand, ...]:
-    """The commands that carry out a plan in a run directory. Today: one node, this one."""
-    (node,) = plan.cluster.nodes
+def node_commands(plan: Plan, run: RunDir, rendezvous: Rendezvous | None = None) -> tuple[NodeCommand, ...]:
+    """The commands that carry out a plan in a run directory, one a node.
+
+    Args:
+        rendezvous: of several nodes; without it they show the first host's name and `launch.port`.
+    """
+    if by_agents(plan) and rendezvous is None:
+        rendezvous = Rendezvous(plan.cluster.nodes[0].host, plan.recipe.launch.port or 29500)
+    return tuple(_node_command(plan, run, rendezvous, rank) for rank in range(plan.cluster.num_nodes))
+
+
+def _node_command(plan: Plan, run: RunDir, rendezvous: Rendezvous | None, node_rank: int) -> NodeCommand:
+    host = plan.cluster.nodes[node_rank].host
+    env = worker_environment(plan, node_rank) | _sealed(plan, run)
+    python = python_on(plan, host)
     if plan.backend == "python":
-        argv: tuple[str, ...] = (sys.executable, "-m", "launcher.worker", str(run.plan))
-    else:
-        argv = (sys.executable, *_torchrun(plan, node.host), str(run.plan))
-    return (NodeCommand(host=node.host, argv=argv, env=_environment(plan, run), cwd=str(Path.cwd())),)
+        return NodeCommand(host, (python, "-m", "launcher.worker", str(run.plan)), env, str(Path.cwd()))
+    path = run.plan
+    if rendezvous is not None:
+        del env["GLOO_SOCKET_IFNAME"]
+        env |= _interface(rendezvous, node_rank)
+        path = path.absolute()
+    starting = _deepspeed if plan.backend == "deepspeed" else _torchrun
+    argv = (python, *starting(plan, rendezvous, node_rank), str(path))
+    return NodeCommand(host=host, argv=argv, env=env, cwd=str(Path.cwd()))
 
 
-def prepare_command(plan: Plan, run: RunDir) -> NodeCommand:
-    """What prepares a node before any rank exists."""
-    env = _environment(plan, run) | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(_cores())}
+def _interface(rendezvous: Rendezvous, node_rank: int) -> dict[str, str]:
+    """gloo and NCCL are told the network: they would ask for the host's own name, which Debian resolves to 127.0.1.1."""
+    if not rendezvous.interfaces:
+        return {}
+    own = {"GLOO_SOCKET_IFNAME": rendezvous.interfaces[node_rank]}
+    if "NCCL_SOCKET_IFNAME" not in os.environ:  # with = it is that interface, without all whose names begin so
+        own["NCCL_SOCKET_IFNAME"] = f"={rendezvous.interfaces[node_rank]}"
+    return own
+
+
+def by_agents(plan: Plan) -> bool:
+    """Whether its nodes are reached through agents: several, or one that is another machine."""
+    return plan.cluster.num_nodes > 1 or not is_here(plan.cluster.nodes[0].host)
+
+
+def python_on(plan: Plan, host: str) -> str:
+    """The Python of a host: this one, or what `launch.ssh.python` says of the others."""
+    named = plan.recipe.launch.ssh.python
+    return sys.executable if named is None or is_here(host) else named
+
+
+def prepare_command(plan: Plan, run: RunDir, node_rank: int | None = None) -> NodeCommand:
+    """What prepares this machine before any rank exists, or one of several nodes."""
+    env = worker_environment(plan) | _sealed(plan, run) | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(_cores())}
     # Prepare is the one step that may download, and tokenising wants all cores; ranks may do neither.
     for name in ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM"):
         del env[name]
-    argv = (sys.executable, "-m", "launcher.worker.prepare", str(run.plan))
-    return NodeCommand(host=plan.cluster.nodes[0].host, argv=argv, env=env, cwd=str(Path.cwd()))
+    host = plan.cluster.nodes[node_rank or 0].host
+    argv: tuple[str, ...] = (sys.executable, "-m", "launcher.worker.prepare", str(run.plan))
+    if node_rank is not None:
+        argv = (python_on(plan, host), *argv[1:3], str(run.plan.absolute()), str(node_rank))
+    return NodeCommand(host=host, argv=argv, env=env, cwd=str(Path.cwd()))
 
 
-def _environment(plan: Plan, run: RunDir) -> dict[str, str]:
-    """What the workers of a run get. transformers copies remote code to a cache of its own; here there is none to be had."""
-    sealed = {"HF_MODULES_CACHE": str(run.module_cache)} if plan.recipe.model.trust_remote_code else {}
-    return worker_environment(plan) | sealed
+def _sealed(plan: Plan, run: RunDir) -> dict[str, str]:
+    """transformers copies remote code to a cache of its own; here there is none to be had."""
+    return {"HF_MODULES_CACHE": str(run.module_cache)} if plan.recipe.model.trust_remote_code else {}
 
 
-def worker_environment(plan: Plan) -> dict[str, str]:
+def worker_environment(plan: Plan, node_rank: int = 0) -> dict[str, str]:
     """Variables for libraries that read nothing else."""
     # Under a device map stage 0 is the first card that is seen, whatever its place in the machine.
-    devices = [plan.cluster.devices[stage.device] for stage in plan.stages] or plan.cluster.devices
-    env = rank_environment(devices, plan.num_processes)
+    devices: Sequence[Device] = [plan.cluster.devices[stage.device] for stage in plan.stages]
+    devices = devices or plan.cluster.nodes[node_rank].devices
+    env = rank_environment(devices, min(plan.num_processes, len(devices)))
     if plan.deepspeed is not None:
         # Operators that are compiled: kept by library versions, and by the ninja of this environment and no other.
         versions = "-".join(_version(name) for name in ("torch", "deepspeed"))
@@ -90,7 +125,8 @@ def rank_environment(devices: Sequence[Device], num_processes: int) -> dict[str,
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYTHONUNBUFFERED": "1",
-        # One node: a host name that resolves to another interface would make gloo hang. On cards ranks agree over it after every step.
+        # A host name that resolves to another interface would make gloo hang. On cards ranks agree over it after every step.
+        # Several nodes are told another one.
         "GLOO_SOCKET_IFNAME": "lo",
     }
     if devices[0].kind == "cuda":
@@ -108,20 +144,45 @@ def visible_devices(devices: Sequence[Device]) -> dict[str, str]:
     return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": seen}
 
 
-def _torchrun(plan: Plan, host: str) -> tuple[str, ...]:
+def _torchrun(plan: Plan, rendezvous: Rendezvous | None, node_rank: int) -> tuple[str, ...]:
     """torchrun's own arguments; `launcher.worker.torchrun` is torchrun plus a file that says which rank failed how."""
-    endpoint = f"127.0.0.1:{plan.recipe.launch.port or 0}"
+    if rendezvous is None:
+        meet: tuple[str, ...] = (
+            "--nnodes=1",
+            f"--nproc-per-node={plan.num_processes}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint=127.0.0.1:{plan.recipe.launch.port or 0}",
+            f"--rdzv-id={plan.name}",
+            "--local-addr=127.0.0.1",
+        )
+    else:  # each is told its number, so that none has to find out by its name whether it is the first one
+        meet = (
+            f"--nnodes={plan.cluster.num_nodes}",
+            f"--node-rank={node_rank}",
+            f"--nproc-per-node={len(plan.cluster.nodes[node_rank].devices)}",
+            f"--master-addr={rendezvous.address}",
+            f"--master-port={rendezvous.port}",
+            f"--rdzv-id={plan.name}",
+        )
+    at_sigterm_ranks_save = "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT"
+    return ("-m", "launcher.worker.torchrun", *meet, at_sigterm_ranks_save, "-m", "launcher.worker")
+
+
+def _deepspeed(plan: Plan, rendezvous: Rendezvous | None, node_rank: int) -> tuple[str, ...]:
+    """The arguments of DeepSpeed's launcher of one node; `launcher.worker.deepspeed` is that launcher, which ends as torchrun does."""
+    nodes, port = plan.cluster.nodes, plan.recipe.launch.port or 0
+    several = len(nodes) > 1
+    world = {node.host: list(range(len(node.devices) if several else plan.num_processes)) for node in nodes}
     return (
         "-m",
-        "launcher.worker.torchrun",
-        "--nnodes=1",
-        f"--nproc-per-node={plan.num_processes}",
-        "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={endpoint}",
-        f"--rdzv-id={plan.name}",
-        "--local-addr=127.0.0.1",
-        "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT",  # at SIGTERM ranks save
-        "-m",
+        "launcher.worker.deepspeed",
+        f"--world_info={base64.urlsafe_b64encode(json.dumps(world).encode()).decode()}",
+        f"--node_rank={node_rank}",
+        f"--master_addr={rendezvous.address if rendezvous else '127.0.0.1'}",
+        f"--master_port={rendezvous.port if rendezvous else port}",
+        "--no_local_rank",
+        "--log_level=warning",
+        "--module",
         "launcher.worker",
     )
 

@@ -9,6 +9,8 @@
     ├── RunFailedError          code of the first failing rank (128 + signal when killed)
     └── InterruptedRunError     130 Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP, launch stop
 
+A run that stands still (`launcher.stalls`) ends with 124.
+
 An error has three parts: what you set, what was found, what to type. `ValueError` and `assert` are for our own mistakes.
 """
 

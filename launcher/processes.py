@@ -5,18 +5,45 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.command import NodeCommand
+from launcher.cluster import oom_kills
+from launcher.rundir import RunDir, read_json, write_json
 
 _PR_SET_PDEATHSIG = 1
 # torchrun needs about a second to end its workers; ten are promised in all.
 _GRACE_SECONDS = 6.0
+
+
+@dataclass(frozen=True)
+class NodeCommand:
+    """What one node starts.
+
+    Args:
+        host: where.
+        argv: the program and its arguments.
+        env: variables set beside the inherited ones; never a setting of the recipe, never a secret.
+        cwd: working directory.
+    """
+
+    host: str
+    argv: tuple[str, ...]
+    env: dict[str, str] = field(default_factory=dict)
+    cwd: str = ""
+
+    def __str__(self) -> str:
+        """A line that a shell runs the same way."""
+        env = [f"{key}={shlex.quote(value)}" for key, value in self.env.items()]
+        return " ".join([*(["env", *env] if env else []), shlex.join(self.argv)])
 
 
 def start(command: NodeCommand, **streams: Any) -> subprocess.Popen[bytes]:
@@ -60,6 +87,24 @@ def end(process: subprocess.Popen[bytes], recorded: list[dict[str, Any]]) -> Non
     for beat in alive:
         with contextlib.suppress(ProcessLookupError):
             os.kill(beat["pid"], signal.SIGKILL)
+
+
+def recorded(run: RunDir, node: int = 0, ranks: Iterable[int] | None = None) -> list[dict[str, Any]]:
+    """pid and start time of every process of a node that has shown a sign of life; they say nothing about another host's processes.
+
+    Args:
+        ranks: of that node, where they are known: among hundreds of nodes each then reads its own files.
+    """
+    own = [run.node_heartbeat(node), *map(run.heartbeat, ranks)] if ranks is not None else run.heartbeats.glob("*.json")
+    return [beat for path in own if (beat := read_json(path)) and beat.get("node", 0) == node]
+
+
+def count_oom_kills(run: RunDir) -> None:
+    """Write down how many processes the kernel has killed on this host for lack of memory since the first call for this run."""
+    path, now = run.oom_kills(socket.gethostname()), oom_kills()
+    before = (read_json(path) or {"before": now})["before"]
+    with contextlib.suppress(OSError):
+        write_json(path, {"before": before, "kills": None if now is None or before is None else now - before})
 
 
 def is_running(beat: dict[str, Any]) -> bool:

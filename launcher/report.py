@@ -1,4 +1,4 @@
-"""What happened, from the files of a run directory: the first failure, the numbers of a run, report.json.
+"""Who failed first and why, from the files of a run directory.
 
 Reads only what ranks and supervisor wrote; asks no process and no device.
 """
@@ -8,14 +8,13 @@ from __future__ import annotations
 import re
 import shutil
 import signal
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from launcher import manifest
-from launcher.plan import Plan, time_of_rows
-from launcher.rundir import RunDir, read_events, read_json, write_json
+from launcher.causes import killed, lost_connection, reason_of
+from launcher.plan import Plan
+from launcher.rundir import RunDir, read_json
 
 # What the other ranks say when one has gone: true of them, but not the cause.
 _ECHO_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError")
@@ -48,6 +47,11 @@ class Failure:
         exit_code: 128 + signal for a killed rank.
         parts: you_set, found, to_type of an error of the person's, else empty.
         echoes: ranks that failed after it, because of it.
+        waits: where each rank was, of a run that stood still.
+        remedy: what to type, where something is known of the cause.
+        notes: what was measured and planned about it.
+        memory: bytes of the host (rss, available) and of its card, when it was last seen.
+        last_lines: of its log.
     """
 
     rank: int | None
@@ -63,17 +67,29 @@ class Failure:
     log: str
     parts: dict[str, str]
     echoes: tuple[int, ...]
+    waits: tuple[str, ...] = ()
+    remedy: str = ""
+    notes: tuple[str, ...] = ()
+    memory: dict[str, int] = field(default_factory=dict)
+    last_lines: tuple[str, ...] = ()
 
 
 def first_failure(run: RunDir, plan: Plan, node_exit_code: int) -> Failure:
-    """Who failed first. Call it for a run whose node command ended with a code other than 0."""
+    """Who failed first. Call it for a run whose node command ended with a code other than 0, or that stood still."""
+    stall = read_json(run.stall)
+    if stall:
+        return _stalled(run, plan, stall, node_exit_code)
     errors = {int(path.stem): read_json(path) for path in run.errors.glob("[0-9]*.json")}
     errors = {rank: error for rank, error in errors.items() if error}
-    node = (read_json(run.errors / "node.json") or {}).get("ranks") or {}
-    ended = {int(rank): int(end["exit_code"]) for rank, end in node.items()}
+    nodes = [read_json(path) or {} for path in run.errors.glob("node*.json")]
+    ended = {int(rank): int(end["exit_code"]) for node in nodes for rank, end in (node.get("ranks") or {}).items()}
     if not ended and plan.backend == "python" and read_json(run.heartbeat(0)):
         ended = {0: node_exit_code}  # a single process without torchrun above it
     causes = {rank: error for rank, error in errors.items() if not _is_echo(error)}
+    lost = next((node for node in nodes if "lost" in node), None)
+    if lost is not None and not causes:
+        cause = f"the connection to {lost['host']} is lost: {lost['lost']}"
+        return replace(_no_rank(run, plan, node_exit_code), host=lost["host"], time=lost["time"], cause=cause)
     silent = _silent(run, ended, errors, causes)
     if silent:
         rank = min(silent, key=lambda r: _last_beat(run, r).get("time", 0.0))
@@ -81,7 +97,7 @@ def first_failure(run: RunDir, plan: Plan, node_exit_code: int) -> Failure:
     chosen = causes or errors
     if chosen:
         rank = min(chosen, key=lambda r: chosen[r]["time"])
-        return _raised(run, rank, chosen[rank], _others(rank, errors, ended))
+        return _raised(run, plan, rank, chosen[rank], _others(rank, errors, ended))
     return _no_rank(run, plan, node_exit_code)
 
 
@@ -115,17 +131,19 @@ def _last_beat(run: RunDir, rank: int) -> dict[str, Any]:
     return read_json(run.heartbeat(rank)) or {}
 
 
-def _raised(run: RunDir, rank: int, error: dict[str, Any], echoes: tuple[int, ...]) -> Failure:
+def _raised(run: RunDir, plan: Plan, rank: int, error: dict[str, Any], echoes: tuple[int, ...]) -> Failure:
     kind = error["type"].rpartition(".")[2]
     message = (error["message"].strip().splitlines() or [""])[0]
     parts: dict[str, str] = {key: error[key] for key in ("you_set", "found", "to_type") if key in error}
     if not parts and _DISK_FULL.search(error["message"]):
         parts = _disk_full(run, error["phase"])
-    cause = (
-        f"{parts['you_set']}: {parts['found']}"
-        if parts
-        else f"{error['type'] if kind == 'OutOfMemoryError' else kind}: {message}"
-    )
+    reason = None if parts else reason_of(error, plan)
+    if reason is None and not parts and _is_echo(error):
+        reason = lost_connection(error["message"])
+    said = f"{error['type'] if kind == 'OutOfMemoryError' else kind}: {message}"
+    cause = f"{parts['you_set']}: {parts['found']}" if parts else said
+    known = (reason.found, *reason.notes) if reason else ()
+    log = run.rank_log(error["host"], rank)
     return Failure(
         rank=rank,
         host=error["host"],
@@ -137,9 +155,34 @@ def _raised(run: RunDir, rank: int, error: dict[str, Any], echoes: tuple[int, ..
         where=_where(error["traceback"]),
         traceback=error["traceback"],
         exit_code=error["exit_code"],
-        log=str(run.rank_log(error["host"], rank)),
+        log=str(log),
         parts=parts,
         echoes=echoes,
+        remedy=reason.to_type if reason else "",
+        notes=tuple(filter(None, known)),
+        memory=error.get("memory", {}),
+        last_lines=tuple(last_lines(log)),
+    )
+
+
+def _stalled(run: RunDir, plan: Plan, stall: dict[str, Any], exit_code: int) -> Failure:
+    rank, host = int(stall["rank"]), stall["host"] or plan.cluster.nodes[0].host
+    log = run.rank_log(host, rank)
+    return Failure(
+        rank=rank,
+        host=host,
+        device=plan.cluster.devices[plan.device_of(rank)].name,
+        step=stall["step"],
+        phase=stall["phase"],
+        time=stall["time"],
+        cause=stall["cause"],
+        where=_where(stall["traceback"]),
+        traceback=stall["traceback"],
+        exit_code=exit_code,
+        log=str(log if log.is_file() else run.node_log(plan.cluster.nodes[0].host)),
+        parts={"you_set": "", "found": stall["cause"], "to_type": stall["to_type"]},
+        echoes=(),
+        waits=tuple(stall["waits"]),
     )
 
 
@@ -155,6 +198,9 @@ def _without_a_word(
         log = run.node_log(plan.cluster.nodes[0].host)
     devices = plan.cluster.devices
     parts = _disk_full(run, phase) if _is_full(run) else {}
+    reason = (
+        killed((read_json(run.oom_kills(host)) or {}).get("kills"), beat, plan) if code == -signal.SIGKILL else None
+    )
     return Failure(
         rank=rank,
         host=host,
@@ -162,13 +208,17 @@ def _without_a_word(
         step=max(steps),
         phase=phase,
         time=beat.get("time", 0.0),
-        cause=f"{parts['you_set']}: {parts['found']}" if parts else _ending(code, log),
+        cause=f"{parts['you_set']}: {parts['found']}" if parts else reason.found if reason else _ending(code, log),
         where="",
         traceback="",
         exit_code=_exit_code(code),
         log=str(log),
         parts=parts,
         echoes=echoes,
+        remedy=reason.to_type if reason and not parts else "",
+        notes=reason.notes if reason else (),
+        memory=beat.get("memory", {}),
+        last_lines=tuple(last_lines(log)),
     )
 
 
@@ -241,121 +291,3 @@ def last_lines(path: Path, num: int = _LAST_LINES) -> list[str]:
             return file.read().decode(errors="replace").splitlines()[-num:]
     except OSError:
         return []
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model says to one of the recipe's questions; None where it was not asked then."""
-
-    question: str
-    before: str | None
-    after: str | None
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """The story of a run in numbers; None where it did not get so far.
-
-    Args:
-        seconds: by phase: prepare, start (until all ranks are ready), first_step, train.
-        loss_first, loss_last: training loss of the first and the last logged window.
-        eval_first, eval_last, eval_best: nats per supervised token.
-        memory_bytes: the largest peak of any rank.
-        ranks_first, ranks_last: AdaLoRA: the sum of all modules' ranks.
-        answers: to the recipe's questions, before the first step and after the last.
-        stopped_early: whether training ended by itself before max_steps.
-        not_saved: steps at which a checkpoint could not be written and the run went on.
-        stopped_by: what made it save and end before: a signal, `launch stop --save`.
-    """
-
-    steps: int
-    max_steps: int
-    stopped_early: bool
-    stopped_by: str | None
-    not_saved: tuple[int, ...]
-    loss_first: float | None
-    loss_last: float | None
-    eval_first: float | None
-    eval_last: float | None
-    eval_best: float | None
-    tokens_per_second: float | None
-    memory_bytes: int | None
-    ranks_first: int | None
-    ranks_last: int | None
-    answers: tuple[Answer, ...]
-    seconds: dict[str, float]
-
-
-def numbers(run: RunDir, seconds: dict[str, float]) -> Numbers:
-    """Read events.jsonl."""
-    events, _ = read_events(run)
-    logs = [event for event in events if event["event"] == "log"]
-    evals = [event["loss"] for event in events if event["event"] == "eval"]
-    ranks = [event["ranks"] for event in events if event["event"] == "ranks"]
-    starts = [event for event in events if event["event"] == "train"]
-    max_steps = starts[-1]["max_steps"] if starts else 0
-    speeds = sorted(event["tokens_per_second"] for event in logs[1:] or logs)
-    return Numbers(
-        steps=max((event["step"] for event in events if event["event"] in ("log", "save", "end")), default=0),
-        max_steps=max_steps,
-        stopped_by=events[-1]["why"] if events and events[-1]["event"] == "stopped" else None,
-        not_saved=tuple(event["step"] for event in events if event["event"] == "not_saved"),
-        stopped_early=bool(events) and events[-1]["event"] == "end" and events[-1]["step"] < max_steps,
-        loss_first=logs[0]["loss"] if logs else None,
-        loss_last=logs[-1]["loss"] if logs else None,
-        eval_first=evals[0] if evals else None,
-        eval_last=evals[-1] if evals else None,
-        eval_best=min(evals) if evals else None,
-        tokens_per_second=speeds[len(speeds) // 2] if speeds else None,
-        memory_bytes=int(max(event["memory_bytes"] for event in logs)) if logs else None,
-        ranks_first=ranks[0] if ranks else None,
-        ranks_last=ranks[-1] if ranks else None,
-        answers=_answers([event for event in events if event["event"] == "answers"]),
-        seconds={name: round(value, 2) for name, value in seconds.items()},
-    )
-
-
-def predicted_speed(plan: Plan, run: RunDir) -> float | None:
-    """Tokens a second that the plan expects of rows as long as they are; None before they have been counted."""
-    counted = (read_json(run.prepared) or {}).get("report") or {}
-    length = counted.get("length_mean")
-    return round(time_of_rows(plan, float(length)).tokens_per_second, 1) if length else None
-
-
-def _answers(events: Sequence[dict[str, Any]]) -> tuple[Answer, ...]:
-    """The questions that were asked last, with the first answer before training and the last one after it, over all attempts."""
-    before: dict[str, str] = {}
-    after: dict[str, str] = {}
-    for event in events:
-        if event["when"] == "before":
-            before = {**event["answers"], **before}
-        else:
-            after = {**after, **event["answers"]}
-    asked = events[-1]["answers"] if events else ()
-    return tuple(Answer(question, before.get(question), after.get(question)) for question in asked)
-
-
-def write_report(run: RunDir, plan: Plan, exit_code: int, story: Numbers, failure: Failure | None) -> None:
-    """Write report.json."""
-    prepared = read_json(run.prepared) or {}
-    checkpoints: Sequence[Path] = manifest.folders(run)
-    best = manifest.best_first(run)
-    write_json(
-        run.report,
-        {
-            "name": plan.name,
-            "exit_code": exit_code,
-            "result": "done" if exit_code == 0 else "interrupted" if exit_code == InterruptedCode else "failed",
-            **asdict(story),
-            "memory_predicted_bytes": plan.fullest_bytes,
-            "tokens_per_second_predicted": predicted_speed(plan, run),
-            "data": prepared.get("report"),
-            "checkpoints": [folder.name for folder in checkpoints],
-            "best_checkpoint": best[0][1].name if best else None,
-            "resumed_from": plan.resume_from,
-            "failure": asdict(failure) if failure else None,
-        },
-    )
-
-
-InterruptedCode = 130

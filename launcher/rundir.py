@@ -3,13 +3,16 @@
 recipe.yaml        the resolved recipe           plan.json        what the workers read
 deepspeed.json     DeepSpeed's own settings, under zero1, zero2 and zero3
 prepared.json      what prepare left for them    environment.json versions and devices
-commands.txt       every command line started    logs/            <host>-rank<k>.log, <host>-node.log
-events.jsonl       what happened, a line each    errors/          <rank>.json of a rank that failed
+commands.txt       every command line started    logs/            <host>-rank<k>.log, <host>-node.log, launcher.log
+events.jsonl       what happened, a line each    errors/          <rank>.json of a rank that failed, node<k>.json: how they ended;
+                                                                  stall.json, stacks-<rank>.txt
 heartbeat/         <rank>.json, pid and phase    tensorboard/     one writer
 checkpoints/       step-N/ with manifest.json    report.json      the end of the story
 export/            merged weights                run.lock         held while a launcher works here
 save-now           made by anybody: a checkpoint when this step is done
 stop-now           the same, and then the end
+prepared-node<k>.json  the same as prepared.json for another node, where there are several
+job.sbatch         under --slurm: the job            hosts            its nodes, written by it
 code/              <sha256>/: the model's own .py files, read-only
 """
 
@@ -108,6 +111,26 @@ class RunDir:
         return self.path / "rehearsal-rows.json"
 
     @property
+    def word(self) -> Path:
+        """What the launcher of several nodes writes, and every node answers by `word_of`: that they see the same directory."""
+        return self.path / ".word"
+
+    def word_of(self, node: int) -> Path:
+        return self.path / f".word-{node}"
+
+    def prepared_on(self, node: int) -> Path:
+        """What prepare left for the ranks of a node; the first one's, or one with its own disks."""
+        return self.path / f"prepared-node{node}.json" if node else self.prepared
+
+    def node_heartbeat(self, node: int) -> Path:
+        """Of the process that the ranks of a node belong to."""
+        return self.heartbeats / f"node{node}.json"
+
+    def node_error(self, node: int) -> Path:
+        """How the ranks of a node ended, or why it was lost."""
+        return self.errors / f"node{node}.json"
+
+    @property
     def code(self) -> Path:
         return self.path / "code"
 
@@ -115,6 +138,11 @@ class RunDir:
     def module_cache(self) -> Path:
         """What transformers is told is its module cache: a folder that stays empty and read-only."""
         return self.code / "no-module-cache"
+
+    @property
+    def launcher_log(self) -> Path:
+        """What a launcher prints that has no terminal (`--detach`)."""
+        return self.logs / "launcher.log"
 
     def rank_log(self, host: str, rank: int) -> Path:
         return self.logs / f"{host}-rank{rank}.log"
@@ -124,6 +152,27 @@ class RunDir:
 
     def error(self, rank: int) -> Path:
         return self.errors / f"{rank}.json"
+
+    def stacks(self, rank: int) -> Path:
+        """Where the threads of a rank were when somebody asked (SIGUSR2)."""
+        return self.errors / f"stacks-{rank}.txt"
+
+    def state(self, rank: int) -> Path:
+        """What the kernel said of a rank's process then."""
+        return self.errors / f"state-{rank}.json"
+
+    @property
+    def stacks_asked(self) -> Path:
+        """Made by the supervisor: every node is to have the stacks of its ranks written."""
+        return self.errors / "stacks-asked"
+
+    @property
+    def stall(self) -> Path:
+        return self.errors / "stall.json"
+
+    def oom_kills(self, host: str) -> Path:
+        """How many processes the kernel has killed on a host for lack of memory while the run went."""
+        return self.errors / f"oom-{host}.json"
 
     def heartbeat(self, rank: int) -> Path:
         return self.heartbeats / f"{rank}.json"

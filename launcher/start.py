@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
+    from launcher.cluster import Cluster
     from launcher.plan import ChatPlan, Plan
     from launcher.recipe import LoadedRecipe
     from launcher.rundir import RunDir
@@ -26,6 +29,8 @@ class Where:
     nproc: int | None = None
     hostfile: str | None = None
     device_map: str | None = None
+    include: str | None = None
+    exclude: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,12 @@ def asked(recipe: str | None, overrides: tuple[str, ...], where: Where) -> Asked
     return Asked(recipe or str(path.parent / str(device_map.recipe)), (*spread, *overrides), where)
 
 
-def plan_recipe(asked: Asked, name: str | None = None) -> tuple[LoadedRecipe, Plan]:
-    """Recipe file and overrides -> checked recipe -> plan."""
+def plan_recipe(asked: Asked, before: RunDir | None = None) -> tuple[LoadedRecipe, Plan]:
+    """Recipe file and overrides -> checked recipe -> plan.
+
+    Args:
+        before: the run that is gone on with: it keeps its name, and its hosts where it had several and none are asked for.
+    """
     from launcher.cluster import on_this_machine, resolve_cluster
     from launcher.modelshape import shape_of
     from launcher.plan import make_plan, read_given
@@ -81,7 +90,11 @@ def plan_recipe(asked: Asked, name: str | None = None) -> tuple[LoadedRecipe, Pl
             # The devices of the map, unless somebody asks for others on the command line.
             if "hardware" not in loaded.document.from_command_line:
                 hardware = device_map.devices
-        cluster = resolve_cluster(hardware, where.nproc, where.hostfile)
+        cluster = None
+        if before is not None and where == Where() and "hardware" not in loaded.document.from_command_line:
+            cluster = hosts_of(before)
+        if cluster is None:
+            cluster = resolve_cluster(hardware, where.nproc, where.hostfile, where.include, where.exclude)
         if device_map is not None and cluster.num_nodes == 1:
             cluster = on_this_machine(cluster)
         shape = shape_of(loaded.recipe.model, loaded.document.folder)
@@ -91,7 +104,20 @@ def plan_recipe(asked: Asked, name: str | None = None) -> tuple[LoadedRecipe, Pl
         resolved = loaded.recipe.model_copy(update={"model": model})
         given = loaded.recipe.strategy.deepspeed
         deepspeed = read_given(given) if given is not None else None
-        return loaded, make_plan(name or loaded.name, resolved, cluster, shape, code, device_map, deepspeed)
+        name = name_of(before) if before is not None else loaded.name
+        return loaded, make_plan(name, resolved, cluster, shape, code, device_map, deepspeed)
+
+
+def hosts_of(run: RunDir) -> Cluster | None:
+    """The hosts of a run that had a hostfile; None where it had none, and where its plan cannot be read any more."""
+    from launcher.cluster import Cluster
+    from launcher.rundir import read_json
+
+    before = (read_json(run.plan) or {}).get("cluster") or {}
+    with contextlib.suppress(ValueError):  # written by another version
+        cluster = Cluster.model_validate(before)
+        return cluster if cluster.nodes[0].where else None
+    return None
 
 
 def chat_placement(where: RunDir, named: str | None, context: int | None) -> ChatPlan | None:
@@ -173,16 +199,29 @@ def rehearse(asked: Asked) -> NoReturn:
     sys.exit(code)
 
 
-def carry_out(resuming: bool, made: Plan, where: RunDir) -> NoReturn:
+def show_commands(plan: Plan, where: RunDir) -> None:
+    """Print what would be started, each on its host, as lines that a shell runs the same way."""
+    from launcher.command import by_agents, node_commands, prepare_command
+
+    several = by_agents(plan)
+    print(*(["# here, and then on every other host"] if several else []), prepare_command(plan, where), sep="\n")
+    for command in node_commands(plan, where):
+        print(*([f"# on {command.host}"] if several else []), command, sep="\n")
+
+
+def carry_out(resuming: bool, made: Plan, where: RunDir, detach: bool = False) -> NoReturn:
     """Carry a plan out, and end with its exit code."""
-    sys.exit(carried_out(resuming, made, where))
+    sys.exit(carried_out(resuming, made, where, detach))
 
 
-def carried_out(resuming: bool, made: Plan, where: RunDir) -> int:
-    """Check, write the run directory, supervise, say how it ended; the exit code."""
-    from launcher import manifest, preflight, show
-    from launcher.plan import identity
-    from launcher.supervise import Supervisor, continue_from, kept_where_refused, write_run
+def carried_out(resuming: bool, made: Plan, where: RunDir, detach: bool = False) -> int:
+    """Check, make the run directory, supervise, say how it ended; the exit code.
+
+    Args:
+        detach: go on without this terminal; 0 then says that the run has begun.
+    """
+    from launcher import preflight, show
+    from launcher.background import detached
 
     screen = show.console()
     show.line(screen, made.name, show.summary(made))
@@ -194,6 +233,26 @@ def carried_out(resuming: bool, made: Plan, where: RunDir) -> int:
     if made.recipe.launch.run_dir is None and not resuming:
         where = where.claimed()
     where.create()
+    if not detach:
+        return _supervised(resuming, made, where)
+    pid, code = detached(where.launcher_log, functools.partial(_supervised, resuming, made, where))
+    if code == 0:
+        show.show_detached(screen, pid, where.path)
+    return code
+
+
+def _supervised(resuming: bool, made: Plan, where: RunDir, begun: Callable[[], None] = lambda: None) -> int:
+    """Write the run directory, supervise, say how it ended; the exit code.
+
+    Args:
+        begun: called when everything is written down and ranks are next.
+    """
+    from launcher import manifest, show
+    from launcher.plan import identity
+    from launcher.restarts import carry_out as carry_out_with_restarts
+    from launcher.supervise import continue_from, kept_where_refused, write_run
+
+    screen = show.console()
     with where.locked():
         if resuming:
             chosen, skipped = manifest.newest_valid(where, identity(made))
@@ -203,12 +262,50 @@ def carried_out(resuming: bool, made: Plan, where: RunDir) -> int:
         screen_of_run = show.RunScreen(screen, made)
         with kept_where_refused(where), contextlib.closing(screen_of_run):
             write_run(made, where, resuming)
-            outcome = Supervisor(made, where, screen_of_run).carry_out()
+            begun()
+            outcome = carry_out_with_restarts(made, where, screen_of_run)
         if outcome.failure is None:
-            show.show_done(screen, made, outcome, where.path)
+            show.show_done(screen, made, outcome.story, where.path)
         else:
             newest, _ = manifest.newest_valid(where)
             show.show_failure(
                 show.console(stderr=True), outcome.failure, where.path, newest.folder.name if newest else None
             )
     return outcome.exit_code
+
+
+def attach(where: RunDir, typed: str) -> int:
+    """Show a run that is being trained until it ends, as its own launcher shows it; its exit code.
+
+    Raises:
+        UsageError: nobody works there.
+    """
+    from launcher import manifest, show
+    from launcher.plan import read_plan
+    from launcher.watching import follow, story
+
+    if where.owner() is None:
+        raise UsageError(f"attach {typed}", "no launcher works there", f"see how it ended: launch report {typed}")
+    made, screen = read_plan(where), show.console()
+    show.line(screen, made.name, show.summary(made))
+    screen_of_run = show.RunScreen(screen, made)
+    try:
+        with contextlib.closing(screen_of_run):
+            follow(where, screen_of_run)
+    except KeyboardInterrupt:
+        show.show_left(screen, where.path)
+        return 0
+    told = story(where)
+    if told is None:
+        raise UsageError(
+            f"attach {typed}", "its launcher ended without a word", f"go on with it: launch resume {typed}"
+        )
+    numbers, failure, exit_code = told
+    if failure is not None:
+        newest, _ = manifest.newest_valid(where)
+        show.show_failure(show.console(stderr=True), failure, where.path, newest.folder.name if newest else None)
+    elif exit_code:
+        show.show_stopped(screen, where.path, manifest.folders(where))
+    else:
+        show.show_done(screen, made, numbers, where.path)
+    return exit_code

@@ -13,26 +13,31 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
-from launcher.command import node_commands, prepare_command
+from launcher.command import by_agents, node_commands, prepare_command
 from launcher.errors import InterruptedRunError, PreflightError
+from launcher.handshake import handshake
 from launcher.manifest import Verdict, folders, verify
+from launcher.nodes import OneNode, SeveralNodes
 from launcher.plan import Plan, identity, other_world, total_steps, what_changed
 from launcher.preflight import environment
-from launcher.processes import end, start
-from launcher.report import Failure, Numbers, first_failure, last_lines, numbers, write_report
-from launcher.rundir import GO, WAIT, RunDir, append_event, read_events, read_json, write_atomic, write_json
+from launcher.processes import count_oom_kills, end, start
+from launcher.report import Failure, first_failure, last_lines
+from launcher.rundir import RunDir, append_event, read_events, read_json, write_atomic, write_json
+from launcher.stalls import STALLED, Watch, write_stall
 from launcher.stopping import StopRequest
+from launcher.story import Numbers, attempt, numbers, write_report
 
 Listener = Callable[[dict[str, Any]], None]
 _POLL_SECONDS = 0.1
 # Ranks that were asked to save and show no sign of life for so long will not.
 _LONGEST_SILENCE_SECONDS = 600.0
+_TOLD = ("time", "rank", "host", "step", "cause", "waits")  # of a stall, in events.jsonl
 
 
 def write_run(plan: Plan, run: RunDir, resuming: bool) -> None:
@@ -63,7 +68,9 @@ def write_run(plan: Plan, run: RunDir, resuming: bool) -> None:
         write_json(run.deepspeed, plan.deepspeed)
     write_json(run.environment, environment(plan.cluster))
     with run.commands.open("a", encoding="utf-8") as file:
-        for command in (prepare_command(plan, run), *node_commands(plan, run)):
+        # Where several nodes meet is found out when they are connected.
+        commands = node_commands(plan, run) if not by_agents(plan) else ()
+        for command in (prepare_command(plan, run), *commands):
             file.write(f"{command}\n")
 
 
@@ -129,6 +136,7 @@ class Supervisor:
     run: RunDir
     tell: Listener
     seconds: dict[str, float] = field(default_factory=dict)
+    _began: float = field(default_factory=time.time)
     _trains: bool = False
     _asked: float | None = None
     _stopped_by: str | None = None
@@ -143,8 +151,8 @@ class Supervisor:
         with StopRequest().installed() as stop:
             try:
                 self._clear_signs_of_earlier_attempts()
-                with self._node() as node:
-                    self._prepare(stop)
+                with self._nodes(stop) as node:
+                    self._prepare(stop, node)
                     code = self._train(node, stop)
                 if code == 0 and self._stopped_by is not None:
                     raise self._interrupted(self._stopped_by)
@@ -163,11 +171,12 @@ class Supervisor:
     def prepare_only(self) -> None:
         """Fill the cache for this plan; raises what `carry_out` raises."""
         with StopRequest().installed() as stop:
-            self._prepare(stop)
+            self._prepare(stop, None)
 
     def _report(self, exit_code: int, failure: Failure | None) -> Numbers:
         story = numbers(self.run, self.seconds)
         with contextlib.suppress(OSError):  # on a full disk the person at least reads what happened
+            append_event(self.run, attempt(self._began, self.plan, exit_code, story, failure))
             write_report(self.run, self.plan, exit_code, story, failure)
         return story
 
@@ -177,12 +186,12 @@ class Supervisor:
             self.tell(event)
 
     def _clear_signs_of_earlier_attempts(self) -> None:
-        for path in (*self.run.errors.glob("*.json"), *self.run.heartbeats.glob("*.json")):
+        for path in (*self.run.errors.iterdir(), *self.run.heartbeats.glob("*.json")):
             path.unlink()
         for path in (self.run.save_now, self.run.stop_now):
             path.unlink(missing_ok=True)
 
-    def _prepare(self, stop: StopRequest) -> None:
+    def _prepare(self, stop: StopRequest, nodes: OneNode | SeveralNodes | None) -> None:
         started = time.monotonic()
         command = prepare_command(self.plan, self.run)
         log = self.run.logs / f"{command.host}-prepare.log"
@@ -203,7 +212,9 @@ class Supervisor:
                     self._say(event)
             if code is not None:
                 break
-            self._end_if_asked(stop, process)
+            self._end_if_asked(stop, lambda: end(process, []))
+            if nodes is not None:
+                nodes.look_after()
             time.sleep(_POLL_SECONDS / 4)
         process.stdout.close()
         self.seconds["prepare"] = time.monotonic() - started
@@ -219,6 +230,8 @@ class Supervisor:
             found = "ended before it was done, and without a word"
             raise PreflightError("prepare", found, f"see {log}; look at the model's own code: launch trust RECIPE")
         self._check_resume()
+        if nodes is not None:
+            nodes.prepare()
         self._say({"event": "prepared", **prepared, "seconds": self.seconds["prepare"]})
 
     def _check_resume(self) -> None:
@@ -250,33 +263,44 @@ class Supervisor:
             )
 
     @contextlib.contextmanager
-    def _node(self) -> Iterator[subprocess.Popen[bytes]]:
-        """The node's command, which loads torchrun while prepare works and starts no rank before it is told to; ended at the end."""
-        (command,) = node_commands(self.plan, self.run)
-        command = replace(command, argv=(*command.argv, WAIT))
-        with self.run.node_log(command.host).open("ab") as log:
-            process = start(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT)
+    def _nodes(self, stop: StopRequest) -> Iterator[OneNode | SeveralNodes]:
+        """Every node of the plan, ready to be prepared; none has a rank before it is told to go. Ended at the end."""
+        if by_agents(self.plan):
+            nodes: OneNode | SeveralNodes = SeveralNodes(
+                self.plan, self.run, lambda: self._end_if_asked(stop, nodes.end)
+            )
+        else:
+            nodes = OneNode(self.plan, self.run)
         try:
-            yield process
+            if isinstance(nodes, SeveralNodes):
+                handshake(nodes, self._say)
+            yield nodes
         finally:
-            end(process, self._recorded())
-            assert process.stdin is not None
-            process.stdin.close()
+            nodes.end()
 
-    def _train(self, node: subprocess.Popen[bytes], stop: StopRequest) -> int:
-        """Let the ranks start and follow them; the exit code of the node's command."""
+    def _train(self, nodes: OneNode | SeveralNodes, stop: StopRequest) -> int:
+        """Let the ranks start and follow them; the exit code of the first node's command that ended."""
         started = time.monotonic()
         offset = self.run.events.stat().st_size if self.run.events.is_file() else 0
         append_event(self.run, {"event": "start", "time": time.time()})
-        assert node.stdin is not None
-        with contextlib.suppress(BrokenPipeError), node.stdin:  # it has ended: its exit code says why
-            node.stdin.write(GO)
-        while (code := node.poll()) is None:
+        nodes.go()
+        if self.plan.backend == "python":  # else each node counts for itself
+            count_oom_kills(self.run)
+        watch = Watch(self.run, self.plan)
+        while (code := nodes.poll()) is None:
             offset = self._pass_on(offset, started)
+            if watch.look():
+                told = write_stall(watch)
+                text = f"rank {told['rank']}: {told['cause']}"
+                append_event(self.run, {"event": "stalled", "text": text, **{key: told[key] for key in _TOLD}})
+                code = STALLED
+                break
             self._say({"event": "beat", **(read_json(self.run.heartbeat(0)) or {})})
-            self._end_if_asked(stop, node)
+            self._end_if_asked(stop, nodes.end)
             time.sleep(_POLL_SECONDS)
-        end(node, self._recorded())  # ranks that outlived it
+        nodes.end()  # ranks that outlived it
+        if self.plan.backend == "python":
+            count_oom_kills(self.run)
         self._pass_on(offset, started)
         self.seconds["all"] = time.monotonic() - started
         return code
@@ -296,7 +320,7 @@ class Supervisor:
             self._say({**event, "seconds": since})
         return offset
 
-    def _end_if_asked(self, stop: StopRequest, process: subprocess.Popen[bytes]) -> None:
+    def _end_if_asked(self, stop: StopRequest, end_all: Callable[[], None]) -> None:
         """Have the ranks save and end where a signal leaves time for it and there is something to save; else end everything.
 
         Raises:
@@ -317,7 +341,7 @@ class Supervisor:
             if time.time() - seen < _LONGEST_SILENCE_SECONDS:
                 return
         self._say({"event": "stopping", "why": name, "saves": False})
-        end(process, self._recorded())
+        end_all()
         raise self._interrupted(name)
 
     def _interrupted(self, why: str) -> InterruptedRunError:

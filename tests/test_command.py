@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import shlex
 from pathlib import Path
 
 import pytest
 
 from launcher.cluster import resolve_cluster
-from launcher.command import node_commands, prepare_command
+from launcher.command import Rendezvous, node_commands, prepare_command
 from launcher.modelshape import shape_of
 from launcher.plan import Plan, make_plan
 from launcher.recipe import load_recipe
@@ -39,6 +40,16 @@ def test_ddp_on_eight_cards_is_one_torchrun() -> None:
         "--rdzv-endpoint=127.0.0.1:0 --rdzv-id=alpaca_lora_8xa800 --local-addr=127.0.0.1 "
         "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT -m launcher.worker '/runs/a run/plan.json'"
     )
+
+
+def test_deepspeeds_launcher_is_started_on_the_node_itself() -> None:
+    (command,) = node_commands(plan_of("full_zero3_8xa800", "launch.backend=deepspeed"), RunDir(Path("/r")))
+    world = base64.urlsafe_b64encode(b'{"localhost": [0, 1, 2, 3, 4, 5, 6, 7]}').decode()
+    assert shlex.join(command.argv[1:]) == (
+        f"-m launcher.worker.deepspeed --world_info={world} --node_rank=0 --master_addr=127.0.0.1 --master_port=0 "
+        "--no_local_rank --log_level=warning --module launcher.worker /r/plan.json"
+    )
+    assert command.env["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5,6,7"
 
 
 def test_two_cpu_ranks_see_no_gpu_and_stay_on_loopback() -> None:
@@ -87,3 +98,25 @@ def test_no_secret_is_part_of_a_command(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     (command,) = node_commands(plan_of("quickstart", "hardware=2xcpu"), RunDir(Path("/r")))
     assert "secret" not in str(command)
+
+
+def test_two_nodes_meet_where_the_first_one_is_told_that_it_is_the_first(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("node-a slots=8\nnode-b slots=2\n")
+    loaded = load_recipe(ROOT / "recipes" / "full_fsdp_8xa800.yaml", ["train.global_batch=153"])
+    cluster = resolve_cluster(loaded.recipe.hardware, hostfile=str(tmp_path / "hosts"), include="node-a node-b:1")
+    plan = make_plan("x", loaded.recipe, cluster, shape_of(loaded.recipe.model, loaded.document.folder))
+    commands = node_commands(plan, RunDir(Path("/r")), Rendezvous("10.0.0.1", 4321, ("eth0", "ib0")))
+    for rank, (host, slots, seen, interface) in enumerate(
+        (("node-a", 8, "0,1,2,3,4,5,6,7", "eth0"), ("node-b", 1, "1", "ib0"))
+    ):
+        command = commands[rank]
+        assert command.host == host
+        assert " ".join(command.argv[1:]) == (
+            f"-m launcher.worker.torchrun --nnodes=2 --node-rank={rank} --nproc-per-node={slots} --master-addr=10.0.0.1 "
+            "--master-port=4321 --rdzv-id=x --signals-to-handle=SIGINT,SIGHUP,SIGQUIT -m launcher.worker /r/plan.json"
+        )
+        assert command.env["CUDA_VISIBLE_DEVICES"] == seen
+        assert (command.env["GLOO_SOCKET_IFNAME"], command.env["NCCL_SOCKET_IFNAME"]) == (interface, f"={interface}")
+    unknown = node_commands(plan, RunDir(Path("/r")))[1]
+    assert "--master-addr=node-a" in unknown.argv
+    assert "GLOO_SOCKET_IFNAME" not in unknown.env

@@ -68,3 +68,47 @@ def test_a_missing_file_and_nproc_are_refused(tmp_path: Path) -> None:
         resolve_cluster("8xA800-80GB", hostfile=str(tmp_path / "none"))
     with pytest.raises(LaunchError, match="leave --nproc out"):
         resolve_cluster("8xA800-80GB", nproc=2, hostfile=hostfile(tmp_path, "a slots=1\n"))
+
+
+HOSTS = "node-a slots=4\nuser@node-b slots=2\nfe80::1 slots=2\n"
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "left"),
+    [
+        ("include", "node-a", {"node-a": (0, 1, 2, 3)}),
+        ("include", "user@node-b@node-a:0,2", {"node-a": (0, 2), "user@node-b": (0, 1)}),
+        ("include", "fe80::1:1@node-a:3", {"node-a": (3,), "fe80::1": (1,)}),
+        ("include", "node-a:1@node-a:0,1", {"node-a": (0, 1)}),
+        ("exclude", "node-a:0,2", {"node-a": (1, 3), "user@node-b": (0, 1), "fe80::1": (0, 1)}),
+        ("exclude", "node-a user@node-b", {"fe80::1": (0, 1)}),
+    ],
+)
+def test_hosts_and_slots_are_chosen_in_deepspeeds_words(
+    tmp_path: Path, flag: str, text: str, left: dict[str, tuple[int, ...]]
+) -> None:
+    cluster = resolve_cluster("8xA800-80GB", hostfile=hostfile(tmp_path, HOSTS), **{flag: text})
+    assert {node.host: tuple(device.index for device in node.devices) for node in cluster.nodes} == left
+    assert cluster.nodes[0].where.startswith(f"{tmp_path / 'hosts'}:")
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ({"include": "node-c"}, "is not made of hosts of the hostfile: node-a, user@node-b, fe80::1"),
+        ({"include": "node-a:0-2"}, "is not made of hosts"),
+        ({"include": "node-a:4"}, "there is no slot 4: node-a has slots 0 to 3"),
+        ({"exclude": "node-a@user@node-b@fe80::1"}, "no slot of any host is left"),
+        ({"include": "node-a", "exclude": "node-a"}, "leave one of them out"),
+    ],
+)
+def test_what_cannot_be_chosen_is_said(tmp_path: Path, flags: dict[str, str], found: str) -> None:
+    with pytest.raises(LaunchError) as caught:
+        resolve_cluster("8xA800-80GB", hostfile=hostfile(tmp_path, HOSTS), **flags)
+    assert caught.value.exit_code == 2
+    assert found in str(caught.value)
+
+
+def test_a_choice_wants_a_hostfile() -> None:
+    with pytest.raises(LaunchError, match="add --hostfile FILE"):
+        resolve_cluster("8xA800-80GB", include="node-a")

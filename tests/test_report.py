@@ -38,7 +38,7 @@ class Scene:
             told = {"device": "cpu", "type": "ValueError", "message": "", "traceback": "", "exit_code": 1, **error}
             write_json(self.run.error(rank), {**identity, **told})
         if code is not None:
-            node = self.run.errors / "node.json"
+            node = self.run.node_error(0)
             ranks = json.loads(node.read_text())["ranks"] if node.exists() else {}
             write_json(node, {"ranks": {**ranks, str(rank): {"exit_code": code, "time": 0, "pid": 1}}})
 
@@ -77,6 +77,50 @@ def test_what_a_rank_says_because_another_has_gone_is_no_reason(echo: dict[str, 
     scene.rank(0, code=1, time=10.1, **echo)
     scene.rank(1, code=1, time=10.5, message="the reason")  # hosts' clocks differ
     assert (scene.failure().rank, scene.failure().cause) == (1, "ValueError: the reason")
+
+
+def test_where_all_ranks_only_noticed_a_lost_connection_that_is_said(scene: Scene) -> None:
+    for rank in (0, 1):
+        scene.rank(rank, code=1, time=10.0 + rank, type="RuntimeError", message=ECHO)
+    found = scene.failure()
+    assert (found.rank, found.cause) == (0, f"RuntimeError: {ECHO}")
+    assert found.notes == ("the connection between ranks was lost, and no rank gave a reason",)
+    assert "launch doctor" in found.remedy
+
+
+def test_a_kill_is_the_kernels_where_it_was_counted_on_that_host(scene: Scene) -> None:
+    scene.rank(0, code=-signal.SIGTERM, time=10.9, type="RuntimeError", message=ECHO)
+    scene.rank(1, code=-signal.SIGKILL, beat=10.4)
+    write_json(scene.run.oom_kills("another"), {"before": 0, "kills": 1})
+    assert scene.failure().cause.startswith("killed (SIGKILL): by somebody, or by the kernel")
+    write_json(scene.run.oom_kills("host"), {"before": 4, "kills": 0})
+    assert scene.failure().cause.startswith("killed by somebody")
+    write_json(scene.run.oom_kills("host"), {"before": 4, "kills": 1})
+    assert scene.failure().cause.startswith("killed by the kernel's OOM killer")
+    assert "--nproc" in scene.failure().remedy
+
+
+def test_a_run_that_stood_still_is_told_as_it_was_written_down(scene: Scene) -> None:
+    told = {
+        "rank": 1,
+        "host": "host",
+        "phase": "train",
+        "step": 3,
+        "time": 1.0,
+        "cause": "no sign of life",
+        "to_type": "wait",
+    }
+    stack = 'Stack:\n  File "/home/me/rows.py", line 7, in locked'
+    write_json(scene.run.stall, {**told, "traceback": stack, "waits": ["rank 0 waits for others"]})
+    scene.rank(0, code=-signal.SIGTERM, time=10.9, type="RuntimeError", message=ECHO)
+    found = scene.failure(124)
+    assert (found.rank, found.exit_code, found.cause, found.where) == (
+        1,
+        124,
+        "no sign of life",
+        "me/rows.py:7 in locked",
+    )
+    assert found.waits == ("rank 0 waits for others",)
 
 
 @pytest.mark.parametrize(

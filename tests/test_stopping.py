@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -31,14 +30,13 @@ def told() -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def supervisor(tmp_path: Path, told: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Supervisor:
+def supervisor(tmp_path: Path, told: list[dict[str, Any]]) -> Supervisor:
     """One whose ranks train."""
     loaded = load_recipe(QUICKSTART, ["hardware=2xcpu"])
     shape = shape_of(loaded.recipe.model, QUICKSTART.parent)
     plan = make_plan("quickstart", loaded.recipe, resolve_cluster(loaded.recipe.hardware), shape)
     run = RunDir(tmp_path / "run")
     run.create()
-    monkeypatch.setattr(supervise, "end", lambda process, recorded: told.append({"event": "ended"}))
     made = Supervisor(plan, run, told.append)
     made._trains = True
     return made
@@ -47,7 +45,7 @@ def supervisor(tmp_path: Path, told: list[dict[str, Any]], monkeypatch: pytest.M
 def ask(supervisor: Supervisor, save: int | None = None, now: int | None = None) -> None:
     request = StopRequest()
     request.save, request.now = save, now
-    supervisor._end_if_asked(request, subprocess.Popen.__new__(subprocess.Popen))
+    supervisor._end_if_asked(request, lambda: supervisor.tell({"event": "ended"}))
 
 
 def test_signals_are_sorted_by_whether_there_is_time() -> None:

@@ -1,7 +1,7 @@
 """In: `hardware:` of a recipe (`8xA800-80GB`, `2xcpu`, a list of cards, `auto`), nvidia-smi, /proc, a hostfile. Out: a `Cluster`.
 
 `model` is what a cluster is, `cards` what a card can do (gpus.yaml), `machine` what is here, `hardware` what a recipe names,
-`hostfile` the nodes of several machines.
+`hostfile` the nodes of several machines, `slurm` those of a job.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from launcher.cluster.machine import (
     available_memory_bytes,
     driver_version,
     host_memory_bytes,
+    is_here,
     nvidia_on_the_bus,
+    oom_kills,
     process_limit,
     usable_cores,
 )
 from launcher.cluster.model import GIB, MIB, Cluster, Device, Node
+from launcher.cluster.slurm import nodes_of_job
 
 __all__ = [
     "GIB",
@@ -32,8 +35,11 @@ __all__ = [
     "driver_version",
     "found_on_this_machine",
     "host_memory_bytes",
+    "is_here",
+    "nodes_of_job",
     "nvidia_on_the_bus",
     "on_this_machine",
+    "oom_kills",
     "process_limit",
     "resolve_cluster",
     "same_card",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from launcher.cluster.cards import matching, same_card, split_name, unknown_card
-from launcher.cluster.hostfile import Slots, read_hostfile
+from launcher.cluster.hostfile import Slots, choose, read_hostfile
 from launcher.cluster.machine import cpu_cluster, nvidia_devices, usable_cores
 from launcher.cluster.model import GIB, MIB, Cluster, Device, Node
 from launcher.errors import UsageError
@@ -14,10 +14,19 @@ from launcher.errors import UsageError
 _UNIT_BYTES = {"mib": MIB, "gib": GIB, "mb": 10**6, "gb": 10**9}
 
 
-def resolve_cluster(hardware: str | tuple[str, ...], nproc: int | None = None, hostfile: str | None = None) -> Cluster:
+def resolve_cluster(
+    hardware: str | tuple[str, ...],
+    nproc: int | None = None,
+    hostfile: str | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
+) -> Cluster:
     """The cluster that `hardware:` names, cut to `nproc` processes (on a CPU: made of `nproc` ranks).
 
     With a hostfile `hardware` is what each of its hosts has, of which it gives so many slots.
+
+    Args:
+        include, exclude: which hosts and slots of the hostfile, in DeepSpeed's words (`launcher.cluster.hostfile`).
 
     Raises:
         UsageError: an unknown card, an unreadable item, or more processes than devices.
@@ -25,8 +34,12 @@ def resolve_cluster(hardware: str | tuple[str, ...], nproc: int | None = None, h
     """
     if hostfile is not None:
         if nproc is not None:
-            raise UsageError(f"--nproc {nproc}", "the hostfile says how many each host has", "leave --nproc out")
-        return _on_hosts(resolve_cluster(hardware), read_hostfile(hostfile), hostfile)
+            to_type = "leave --nproc out, or take some of them: --include node-a:0,1"
+            raise UsageError(f"--nproc {nproc}", "the hostfile says how many each host has", to_type)
+        return _on_hosts(resolve_cluster(hardware), choose(read_hostfile(hostfile), include, exclude), hostfile)
+    if include is not None or exclude is not None:
+        flag = "--include" if include is not None else "--exclude"
+        raise UsageError(f"{flag} {include or exclude}", "there is no hostfile to choose from", "add --hostfile FILE")
     if hardware == "auto":
         return this_machine(nproc)
     items = (hardware,) if isinstance(hardware, str) else hardware
@@ -48,13 +61,16 @@ def resolve_cluster(hardware: str | tuple[str, ...], nproc: int | None = None, h
 
 
 def _on_hosts(each: Cluster, hosts: Sequence[Slots], hostfile: str) -> Cluster:
-    """A node for each host, with the first of these devices that its slots take."""
-    devices = each.devices
+    """A node for each host, with those of these devices that its slots take."""
+    devices = [device.model_copy(update={"uuid": None}) for device in each.devices]  # each host has its own cards
     for slots in hosts:
         if slots.num > len(devices):
             found = f"{slots.host} has {slots.num} slots, {each.source} has {len(devices)} devices"
             raise UsageError(slots.where, found, f"write {slots.host} slots={len(devices)}, or name other hardware")
-    nodes = [Node(host=slots.host, devices=devices[: slots.num]) for slots in hosts]
+    nodes = [
+        Node(host=slots.host, devices=tuple(devices[number] for number in slots.used), where=slots.where)
+        for slots in hosts
+    ]
     return Cluster(nodes=tuple(nodes), source=f"{each.source}, on the hosts of {hostfile}")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ from launcher.cluster.model import MIB, Cluster, Device, Node
 
 _NVIDIA_SMI_FIELDS = "index,uuid,name,memory.total,memory.used,compute_cap"
 _NVIDIA_SMI_TIMEOUT_S = 20
+_OOM_KILL = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 _PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
 
@@ -35,6 +38,21 @@ def available_memory_bytes(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int:
         )
         left.append(max(0, limit - used + (int(cached[1]) if cached else 0)))
     return min(left)
+
+
+def oom_kills(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int | None:
+    """How many processes the kernel has killed because memory was full: of our control group (v2 `memory.events`, v1 `memory.oom_control`),
+    else of this host (`vmstat`). None where nobody counts."""
+    counted = [
+        (len(folder.parts), int(found[1]))
+        for folder in _cgroup_folders("memory", proc, cgroup)
+        for name in ("memory.events", "memory.oom_control")
+        if (found := _OOM_KILL.search(_read(folder / name)))
+    ]
+    if counted:  # a parent counts what it has killed in other groups, too
+        return max(counted)[1]
+    found = _OOM_KILL.search(_read(proc / "vmstat"))
+    return int(found[1]) if found else None
 
 
 def process_limit(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int | None:
@@ -106,6 +124,20 @@ def _number(file: Path) -> int | None:
     """The number in such a file; None where it is not there or says `max`."""
     text = _read(file).strip()
     return int(text) if text.isdigit() else None
+
+
+def is_here(host: str) -> bool:
+    """Whether a name or address of a hostfile is this machine's. No name server is asked: ssh would lead here too."""
+    bare = host.rpartition("@")[2].strip("[]")
+    own = socket.gethostname()
+    if bare in ("localhost", "127.0.0.1", "::1", own, own.partition(".")[0]):
+        return True
+    family = socket.AF_INET6 if ":" in bare else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError, ValueError):
+        if re.fullmatch(r"[\d.]+|[\da-fA-F:]+", bare):
+            probe.bind((bare, 0))
+            return True
+    return False
 
 
 def usable_cores() -> int:

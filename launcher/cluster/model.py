@@ -35,10 +35,11 @@ class Device(Frozen):
 
 
 class Node(Frozen):
-    """One host and its devices, in the order of their local ranks."""
+    """One host and its devices, in the order of their local ranks; `where` is its file:line in a hostfile, empty without one."""
 
     host: str
     devices: tuple[Device, ...]
+    where: str = ""
 
 
 class Cluster(Frozen):

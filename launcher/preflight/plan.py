@@ -13,6 +13,7 @@ from launcher.cluster import (
     found_on_this_machine,
     host_memory_bytes,
 )
+from launcher.command import by_agents
 from launcher.families import family
 from launcher.memory import CPU_CONTEXT_BYTES
 from launcher.modelshape.files import cached_snapshot, stored_dtypes
@@ -32,8 +33,9 @@ _STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 def check(plan: Plan, run_dir: Path) -> list[Finding]:
     """Everything that can be known before a process is started."""
     found = found_on_this_machine()
+    several = by_agents(plan)  # whose cards and files are looked at when they are connected
     return [
-        *devices(plan, found),
+        *(devices(plan, found) if not several else ()),
         *_strategy(plan),
         *(torch_wheel(found) if plan.kind == "cuda" else ()),
         *ranges_kept(),
@@ -46,22 +48,20 @@ def check(plan: Plan, run_dir: Path) -> list[Finding]:
         *_host_memory(plan),
         *limits(plan.kind, len(plan.cluster.nodes[0].devices)),
         *room(plan, run_dir),
-        *port(plan.recipe.launch.port),
+        *(port(plan.recipe.launch.port) if not several else ()),
     ]
 
 
 def _strategy(plan: Plan) -> Iterator[Finding]:
-    if plan.cluster.num_nodes > 1:
-        hosts = f"{plan.cluster.num_nodes} hosts"
+    if plan.cluster.num_nodes > 1 and plan.num_processes != plan.cluster.num_devices:
+        found = f"strategy {plan.strategy} has {plan.num_processes} ranks on {plan.cluster.num_devices} devices"
+        yield Finding("error", f"{plan.cluster.num_nodes} hosts", found, "take one host, or strategy.type=ddp")
+    elif plan.cluster.num_nodes > 1 and plan.stages:
+        found = "a device map spreads a model over the devices of one machine"
+        yield Finding("error", f"{plan.cluster.num_nodes} hosts", found, "leave --hostfile out, or strategy.type=fsdp")
+    elif plan.cluster.num_nodes > 1 and plan.backend == "python":
         yield Finding(
-            "error", hosts, "this version plans several hosts but starts ranks on one", "leave --hostfile out"
-        )
-    if plan.backend == "deepspeed":
-        yield Finding(
-            "error",
-            "launch.backend: deepspeed",
-            "this version starts ranks by torchrun or python",
-            "set launch.backend=torchrun",
+            "error", "launch.backend: python", "starts one process on one host", "set launch.backend=torchrun"
         )
     if plan.shape.remote_code and not plan.recipe.model.trust_remote_code:
         yield Finding(
@@ -138,7 +138,7 @@ def _host_memory(plan: Plan) -> Iterator[Finding]:
     shared, where that has the wanted precision (2 MiB of 223 were a process's own, transformers 5.23), else a copy for
     each rank (446 of 446). Quantised weights go to the card one by one, and so do those of a device map.
     """
-    num_ranks = plan.num_processes
+    num_ranks = min(plan.num_processes, max(len(node.devices) for node in plan.cluster.nodes))
     if plan.kind == "cpu":
         each, why = plan.memory.total_bytes // (num_ranks if plan.pipeline else 1), "to train"
     elif plan.pipeline is not None:

@@ -112,11 +112,6 @@ def _strategy(recipe: Recipe) -> Iterator[Problem]:
             "strategy.type",
             f"{strategy.type} does not spread one model over the devices, a device map does. Set strategy.type=device_map",
         )
-    if launch.backend == "deepspeed" and strategy.type not in ("auto", "zero1", "zero2", "zero3"):
-        yield Problem(
-            "launch.backend",
-            f"deepspeed is for zero1, zero2 and zero3, not {strategy.type}. Set launch.backend=torchrun",
-        )
     if launch.backend == "python" and strategy.type in ("ddp", *SHARDED):
         yield Problem(
             "launch.backend",
@@ -171,11 +166,6 @@ def _run(recipe: Recipe) -> Iterator[Problem]:
         )
     if recipe.launch.run_dir == "":
         yield Problem("launch.run_dir", "is empty. Give a folder, or null for runs/<recipe>-<time>")
-    if recipe.launch.max_restarts:
-        yield Problem(
-            "launch.max_restarts",
-            "this version does not restart by itself. Set launch.max_restarts=0 and use: launch resume RUN",
-        )
 
 
 def _questions(recipe: Recipe) -> Iterator[Problem]:

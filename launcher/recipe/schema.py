@@ -263,17 +263,39 @@ class Checkpoint(Section):
     )
 
 
+class Ssh(Section):
+    """How other hosts are reached; what is left out is as ~/.ssh/config says."""
+
+    user: str | None = Field(None, pattern=r"^[A-Za-z_][\w.-]*$", description="The user on the other hosts.")
+    port: Annotated[int, Field(ge=1, le=65535)] | None = Field(None, description="The port of their sshd.")
+    key: str | None = Field(None, min_length=1, description="The file of the private key.")
+    python: str | None = Field(
+        None, min_length=1, description="The Python there that has this launcher; null is the path of the one here."
+    )
+    timeout_s: PositiveInt = Field(10, description="How long a connection may take.")
+
+
 class Launch(Section):
     """How the processes are started."""
 
-    backend: Literal["torchrun", "deepspeed", "python"] = Field("torchrun", description="What starts the ranks.")
+    backend: Literal["torchrun", "deepspeed", "python"] = Field(
+        "torchrun",
+        description="What starts the ranks of a node: torchrun, DeepSpeed's launcher, or nothing (one process).",
+    )
     run_dir: str | None = Field(None, description="The run directory; null is runs/<recipe>-<time>.")
     port: Annotated[int, Field(ge=1024, le=65535)] | None = Field(
         None, description="The rendezvous port; null takes a free one."
     )
     max_restarts: Annotated[int, Field(ge=0)] = Field(
-        0, description="How often a failed run is started again from its newest checkpoint."
+        0,
+        description="How often a failed run is started again from its newest valid checkpoint, unless the failure would come again.",
     )
+    stall_seconds: Annotated[float, Field(gt=0.0)] | Auto = Field(
+        "auto",
+        description="A run whose rank gives no sign of life for so long in a step is ended, with the stacks of all; auto is ten times "
+        "the longest so far, at least 300; loading, the first step and saving may take longer.",
+    )
+    ssh: Ssh = Field(Ssh(), description="How other hosts are reached.")
 
 
 class Recipe(Section):

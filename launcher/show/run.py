@@ -17,10 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from launcher.manifest import Verdict
 from launcher.plan import Plan, steps_per_epoch, time_of_rows, total_steps
 from launcher.preflight import Finding
-from launcher.report import Answer, Failure, last_lines, predicted_speed
+from launcher.report import Failure, last_lines
 from launcher.rundir import RunDir
 from launcher.show.lines import LABEL, as_typed, count, duration, gib, line
-from launcher.supervise import Outcome
+from launcher.story import Answer, Numbers, predicted_speed
 
 _BEGINNING = 56  # letters of an answer
 
@@ -81,6 +81,17 @@ class RunScreen:
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
+
+    def _nodes(self, event: dict[str, Any]) -> None:
+        rows = event["nodes"]
+        host, address = (max(len(row[key]) for row in rows) for key in ("host", "address"))
+        for place, row in enumerate(rows):
+            cells = f"{row['host']:<{host}}   {row['slots']} × {row['device']}   {row['address']:<{address}} on {row['interface']}"
+            clock = (
+                f"clock {row['clock']:+.1f} s{': set it, or times in the logs mislead' if row['clock_is_off'] else ''}"
+            )
+            same = f"torch {row['torch']}, same code, run directory shared"
+            line(self.screen, "" if place else "nodes", f"{cells}   {same}   {clock}")
 
     def _prepare(self, event: dict[str, Any]) -> None:
         if event.get("total") and self.screen.is_terminal:
@@ -165,10 +176,22 @@ class RunScreen:
     def _asked(self, event: dict[str, Any]) -> None:
         self._beside("saving", f"step-{event['step']}, as asked ({event['why']})")
 
+    def _straggler(self, event: dict[str, Any]) -> None:
+        self._beside("slow", event["text"])
+
     def _not_saved(self, event: dict[str, Any]) -> None:
         self._beside(
             "not saved", f"at step {event['step']}: {event['why']}; training goes on (checkpoint.on_failure: warn)"
         )
+
+    def _restarting(self, event: dict[str, Any]) -> None:
+        self.close()
+        line(self.screen, "failed", event["why"])
+        line(self.screen, "restart", event["what"])
+
+    def _not_restarted(self, event: dict[str, Any]) -> None:
+        self.close()
+        line(self.screen, "failed", event["text"])
 
     def _stopping(self, event: dict[str, Any]) -> None:
         if event["saves"]:
@@ -185,9 +208,9 @@ class RunScreen:
             line(self.screen, label, text)
 
 
-def show_done(screen: Console, plan: Plan, outcome: Outcome, run: Path) -> None:
+def show_done(screen: Console, plan: Plan, story: Numbers, run: Path) -> None:
     """The last lines of a run that worked: what came of it and what to type next."""
-    story, shown = outcome.story, as_typed(str(run))
+    shown = as_typed(str(run))
     parts = []
     if story.loss_first is not None and story.loss_last is not None:
         parts.append(f"loss {story.loss_first:.2f} → {story.loss_last:.2f}")
@@ -266,9 +289,16 @@ def show_stopped(screen: Console, run: Path, saved: Sequence[Path]) -> None:
     line(screen, "  go on", f"launch resume {as_typed(str(run))}")
 
 
+def show_submitted(screen: Console, job: str, run: Path) -> None:
+    """The job that will carry a run out."""
+    line(screen, "submitted", f"job {job}; its run is in {as_typed(str(run))}")
+    line(screen, "  watch", f"squeue --job {job}; launch logs {as_typed(str(run))} -f")
+    line(screen, "  end", f"scancel --signal=TERM --batch {job} (ranks save first)")
+
+
 def show_failure(screen: Console, failure: Failure, run: Path, newest: str | None) -> None:
     """The first rank that failed: who, why, where, and what to type. Other ranks are only counted."""
-    training = failure.phase in ("train", "evaluate", "save", "ask")
+    training = failure.phase in ("first_step", "train", "evaluate", "save", "ask")
     at = f"at step {failure.step}" if training else f"while it was at: {failure.phase}"
     if failure.rank is not None:
         line(screen, "failed", f"rank {failure.rank} ({failure.host}, {failure.device}) {at}")
@@ -277,10 +307,18 @@ def show_failure(screen: Console, failure: Failure, run: Path, newest: str | Non
     else:
         line(screen, "failed", f"all ranks ({failure.host}) {at}")
     line(screen, "  cause", failure.cause)
+    for note in failure.notes:
+        line(screen, "", note)
     if failure.parts:
         line(screen, "  remedy", failure.parts["to_type"].replace("resume RUN", f"resume {as_typed(str(run))}"))
-    elif failure.where:
+    elif failure.remedy:
+        line(screen, "  remedy", failure.remedy.replace("resume RUN", f"resume {as_typed(str(run))}"))
+    if failure.where and not failure.parts:
         line(screen, "  where", failure.where)
+    for place, where in enumerate(failure.waits):
+        line(screen, "" if place else "  ranks", where)
+    if failure.waits:
+        line(screen, "  stacks", f"{as_typed(str(run))}/errors/stacks-*.txt")
     line(screen, "  log", as_typed(failure.log))
     if failure.traceback and not failure.parts:
         screen.print(escape("\n".join(f"    {text}" for text in failure.traceback.rstrip().splitlines()[-20:])))

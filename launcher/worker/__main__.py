@@ -1,4 +1,4 @@
-"""What torchrun starts on every rank: one path, RUN/plan.json, in; a trained model in RUN/checkpoints out.
+"""What torchrun or DeepSpeed's launcher starts on every rank: one path, RUN/plan.json, in; a trained model in RUN/checkpoints out.
 
 Exit codes: 0, the code of a LaunchError, else 1; what happened is in RUN/errors/<rank>.json before this process ends.
 """
@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +21,28 @@ from launcher.plan import Plan
 from launcher.rundir import WAIT, RunDir, append_event, read_json
 from launcher.worker import signals
 from launcher.worker.prepared import read_prepared
-from launcher.worker.pulse import Pulse, die_with_parent, log_to, wait_for_go
+from launcher.worker.pulse import Pulse, die_with_parent, log_to, own_node, wait_for_go
 
 
 def main(plan_path: str, parent: int | None = None) -> int:
     """Run this rank; its exit code.
 
     Args:
-        parent: pid of who started it; None for torchrun, whose pid is written down, and for the supervisor.
+        parent: pid of who started it; None for the node's launcher, whose pid is written down, and for the supervisor.
     """
     run = RunDir(Path(plan_path).resolve().parent)
-    torchrun = (read_json(run.heartbeats / "node.json") or {}).get("pid")
-    if parent is None and "TORCHELASTIC_RUN_ID" in os.environ:
-        parent = torchrun  # importing this file took half a second, in which it may have ended
+    node = (read_json(run.node_heartbeat(own_node())) or {}).get("pid")
+    if parent is None and "RANK" in os.environ:
+        parent = node  # importing this file took half a second, in which it may have ended
     die_with_parent(parent)
-    signals.listen({os.getppid(), torchrun})
+    signals.listen({os.getppid(), node})
     pulse = Pulse(run)
     log_to(run.rank_log(socket.gethostname(), pulse.rank))
     faulthandler.enable()
+    pulse.keep()
     pulse.beat("import")
     plan = Plan.model_validate_json(run.plan.read_text(encoding="utf-8"))
-    device_name = _device_name(plan, pulse.local_rank)
+    device_name = _device_name(plan, pulse.rank)
     try:
         train(plan, run, pulse)
     except Exception as error:  # noqa: BLE001 - everything ends here: it is written down, reported first and turned into an exit code
@@ -60,7 +62,7 @@ def train(plan: Plan, run: RunDir, pulse: Pulse) -> None:
     leave_out_what_is_unused(plan)
     import torch
 
-    from launcher.worker.devices import own_device
+    from launcher.worker.devices import memory_now, own_device
     from launcher.worker.sharding import build_model
     from launcher.worker.training import PlannedTrainer
 
@@ -68,9 +70,10 @@ def train(plan: Plan, run: RunDir, pulse: Pulse) -> None:
     device = own_device(plan, pulse.local_rank)
     if plan.kind == "cuda":
         torch.accelerator.set_device_index(device)
+    pulse.device_memory = lambda: memory_now(device)
     _connect(plan, torch)
     pulse.beat("load")
-    prepared = read_prepared(run)
+    prepared = read_prepared(run, own_node())
     rows = _rows(prepared.data_dir)
     if plan.pipeline is not None:
         from launcher.worker.pipeline.loop import pipelined_trainer
@@ -84,7 +87,6 @@ def train(plan: Plan, run: RunDir, pulse: Pulse) -> None:
         trainer = PlannedTrainer(plan, run, prepared, {"model": model, **rows}, pulse)
     if pulse.rank == 0:
         append_event(run, {"event": "ready", "time": time.time(), "ranks": plan.num_processes})
-    pulse.beat("train")
     trainer.train(resume_from_checkpoint=str(run.path / plan.resume_from) if plan.resume_from else None)
     if trainer.requests.stopped_by is not None and pulse.rank == 0:
         stopped = {"why": trainer.requests.stopped_by, "step": trainer.state.global_step}
@@ -92,7 +94,7 @@ def train(plan: Plan, run: RunDir, pulse: Pulse) -> None:
 
 
 def _connect(plan: Plan, torch: Any) -> None:
-    """Join the process group that torchrun's variables describe.
+    """Join the process group that the launcher's variables describe.
 
     Raises:
         PreflightError: this rank was started as one of another number than planned.
@@ -105,23 +107,25 @@ def _connect(plan: Plan, torch: Any) -> None:
             "start the run with: launch RECIPE",
         )
     if world_size == 1 and plan.deepspeed is None and plan.pipeline is None:
-        # accelerate wraps even a single rank of torchrun into DDP, which keeps all gradients a second time.
+        # accelerate wraps even a single rank of a launcher into DDP, which keeps all gradients a second time.
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             os.environ.pop(name, None)
     if world_size > 1 or plan.pipeline is not None:
-        torch.distributed.init_process_group("nccl" if plan.kind == "cuda" else "gloo")
+        # What stands still is found by the supervisor, which says who is waited for; whom torch would name only waits.
+        limit = timedelta(days=1)
+        torch.distributed.init_process_group("nccl" if plan.kind == "cuda" else "gloo", timeout=limit)
     if plan.deepspeed is not None:
         from launcher.worker.zero import connect
 
         connect()
 
 
-def _device_name(plan: Plan, local_rank: int) -> str:
+def _device_name(plan: Plan, rank: int) -> str:
     """What a rank computes on, in words."""
     devices = plan.cluster.devices
     if plan.stages and plan.num_processes == 1:
         return " + ".join(devices[stage.device].name for stage in plan.stages)
-    return devices[plan.device_of(local_rank)].name
+    return devices[plan.device_of(rank)].name
 
 
 def _rows(data_dir: str) -> dict[str, Any]:

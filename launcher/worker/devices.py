@@ -6,6 +6,7 @@ of the plan in the plan's order (`launcher.command`), under a device map those o
 
 from __future__ import annotations
 
+import contextlib
 import resource
 
 import torch
@@ -36,6 +37,18 @@ def own_device(plan: Plan, local_rank: int) -> torch.device:
 def stage_devices(plan: Plan) -> tuple[torch.device, ...]:
     """The devices of a device map's stages, in the order of the layers. On a CPU there is only one."""
     return tuple(own_device(plan, place) for place in range(len(plan.stages)))
+
+
+def memory_now(device: torch.device) -> dict[str, int]:
+    """Bytes of a card: `allocated` to tensors, `reserved` by torch's allocator, `free` for everybody. Empty for a CPU, and for a card that
+    says nothing any more."""
+    if device.type == "cpu":
+        return {}
+    with contextlib.suppress(RuntimeError, AttributeError):
+        taken = torch.accelerator.memory_allocated(device), torch.accelerator.memory_reserved(device)
+        free, total = torch.accelerator.get_memory_info(device)
+        return {"allocated": taken[0], "reserved": taken[1], "free": free, "total": total}
+    return {}
 
 
 def peak_memory_bytes(device: torch.device) -> int:

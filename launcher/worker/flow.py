@@ -92,10 +92,15 @@ def rounds_without_gain(losses: list[float], min_delta: float) -> int:
 
 
 class Beat(TrainerCallback):
-    """The heartbeat of every step."""
+    """The heartbeat of every step. The first one of a process, in which kernels are chosen and compiled, is a phase of its own."""
 
     def __init__(self, pulse: Pulse) -> None:
         self.pulse = pulse
+        self._phase = "first_step"
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.pulse.beat("train", state.global_step + 1)
+        self.pulse.beat(self._phase, state.global_step + 1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._phase = "train"
+        self.pulse.beat("train")

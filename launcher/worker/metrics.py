@@ -18,11 +18,12 @@ from transformers import TrainerCallback
 
 from launcher.families import family
 from launcher.plan import Plan
-from launcher.rundir import RunDir, append_event
+from launcher.rundir import RunDir, append_event, read_json
 from launcher.worker.data.tokens import IGNORED
 from launcher.worker.devices import peak_memory_bytes, stage_devices
 from launcher.worker.headloss import TOKENS
 from launcher.worker.prepared import Prepared
+from launcher.worker.stragglers import OwnTime, Straggler, Stragglers
 
 _ROOM_BYTES = 2**20
 _MOST_UNTOLD = 100
@@ -82,6 +83,8 @@ class Metrics(TrainerCallback):
         no_mask = family(plan.shape.family).own_mask
         used = tuple(dict.fromkeys(stage_devices(plan))) if plan.num_processes == 1 and plan.stages else (device,)
         self.counters = Counters(device, used, prepared.pad_token_id if no_mask else None)
+        self.own = OwnTime(plan, None, device)
+        self.stragglers = Stragglers()
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.writer: SummaryWriter | None = None
         self._out_of_room = False
@@ -105,9 +108,11 @@ class Metrics(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if not logs or "loss" not in logs:
             return
-        ranks = gathered(self.counters.read(), self.counters.device)
+        ranks = gathered([self.own.read(), *self.counters.read()], self.counters.device)
+        self.own.mark()
         if self.writer is None:
             return
+        own, ranks = [row[0] for row in ranks], [row[1:] for row in ranks]
         step, seconds = state.global_step, max(row[3] for row in ranks)
         # All stages of a pipeline work on the same rows.
         copies = len(self.plan.stages) if self.plan.pipeline else 1
@@ -123,6 +128,8 @@ class Metrics(TrainerCallback):
         }
         for rank, row in enumerate(ranks):
             values[f"speed_per_rank/tokens_per_second_{rank}"] = row[0] / row[3]
+            if self.own.measures:
+                values[f"speed_per_rank/own_seconds_a_step_{rank}"] = own[rank]
         peaks = [peak for row in ranks for peak in row[4:]]
         for place, peak in enumerate(peaks):
             values[f"memory_per_{'device' if self.plan.stages else 'rank'}/peak_gib_{place}"] = peak / 2**30
@@ -141,18 +148,41 @@ class Metrics(TrainerCallback):
             "device_memory_bytes": peaks,
         }
         self._write(values, step, event)
+        for straggler in self.stragglers.look(step, own):
+            self._tell_of(straggler, step)
+
+    def _tell_of(self, straggler: Straggler, step: int) -> None:
+        rank, host = straggler.rank, (read_json(self.run.heartbeat(straggler.rank)) or {}).get("host", "?")
+        text = f"rank {rank} ({host}) is {straggler.behind:.0%} behind the median in its own work, since step {straggler.since}"
+        told = {
+            "rank": rank,
+            "host": host,
+            "behind": round(straggler.behind, 3),
+            "since": straggler.since,
+            "text": text,
+        }
+        self._write(
+            {f"stragglers/behind_{rank}": straggler.behind},
+            step,
+            {"event": "straggler", "time": time.time(), "step": step, **told},
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.own.end_step()  # the ranks have just met
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
     ) -> None:
         # The time of an evaluation is no training time.
         self.counters.since = time.perf_counter()
+        self.own.mark()
         if self.writer is not None and metrics:
             loss, step = metrics["eval_loss"], state.global_step
             self._write({"eval/loss": loss}, step, {"event": "eval", "time": time.time(), "step": step, "loss": loss})
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.counters.since = time.perf_counter()  # the time of a save is no training time either
+        self.own.mark()
 
     def begun_with(self, folder: str, what: str) -> None:
         """What was taken from the checkpoint that the recipe begins with."""

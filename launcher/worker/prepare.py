@@ -30,8 +30,8 @@ from launcher.worker.prepared import DataReport, Prepared, write_prepared
 from launcher.worker.pulse import die_with_parent
 
 
-def main(plan_path: str) -> int:
-    """Prepare the run that a plan belongs to; the exit code."""
+def main(plan_path: str, node: int = 0) -> int:
+    """Prepare the run that a plan belongs to, on a node; the exit code."""
     die_with_parent()
     # As an exception, so that a half-made folder of the cache goes with it.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -39,7 +39,7 @@ def main(plan_path: str) -> int:
     run = RunDir(Path(plan_path).resolve().parent)
     try:
         plan = Plan.model_validate_json(run.plan.read_text(encoding="utf-8"))
-        write_prepared(run, prepare(plan, run))
+        write_prepared(run, prepare(plan, run), node)
     except LaunchError as error:
         say(event="error", you_set=error.you_set, found=error.found, to_type=error.to_type, exit_code=error.exit_code)
         return error.exit_code
@@ -213,4 +213,4 @@ def _rows_key(plan: Plan, data_hash: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], *map(int, sys.argv[2:])))

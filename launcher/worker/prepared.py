@@ -63,13 +63,13 @@ class Prepared(BaseModel):
     cached: tuple[str, ...] = ()
 
 
-def read_prepared(run: RunDir) -> Prepared:
-    """What prepare left in this run directory.
+def read_prepared(run: RunDir, node: int = 0) -> Prepared:
+    """What prepare left in this run directory, for the ranks of that node.
 
     Raises:
         UsageError: nothing: the run ended before its data were prepared.
     """
-    value = read_json(run.prepared)
+    value = read_json(run.prepared_on(node)) or read_json(run.prepared)
     if value is None:
         raise UsageError(f"run {run.path}", "ended before it was prepared", f"go on with it: launch resume {run.path}")
     try:
@@ -82,7 +82,7 @@ def read_prepared(run: RunDir) -> Prepared:
         ) from None
 
 
-def write_prepared(run: RunDir, prepared: Prepared) -> None:
-    """Leave it for the ranks."""
+def write_prepared(run: RunDir, prepared: Prepared, node: int = 0) -> None:
+    """Leave it for the ranks of a node."""
     value: Any = prepared.model_dump(mode="json")
-    write_json(run.prepared, value)
+    write_json(run.prepared_on(node), value)

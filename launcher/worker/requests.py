@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -41,7 +42,9 @@ class Requests:
 
     def __init__(self, run: RunDir) -> None:
         self.run = run
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        # A day: who stands still is the supervisor's business, and a rank may compute for longer than gloo's half an hour.
+        wait = timedelta(days=1)
+        self.group = dist.new_group(backend="gloo", timeout=wait) if dist.is_initialized() else None
         self.is_first = not dist.is_initialized() or dist.get_rank() == 0
         self.stopped_by: str | None = None
 

@@ -28,9 +28,9 @@ from launcher.worker.asking import Asking
 from launcher.worker.byshard import weights_in
 from launcher.worker.checkpoint import partitions
 from launcher.worker.checkpoint.foreign import NotReadableError, moments_to_begin_with
+from launcher.worker.checks import FirstBadStep, FirstStepCheck, check_world
 from launcher.worker.data.batches import Batch, RankBatches, StepOrder, WholeSteps, collator
 from launcher.worker.data.tokens import IGNORED
-from launcher.worker.firststep import FirstStepCheck, check_world
 from launcher.worker.flow import Beat, Epochs, Flow
 from launcher.worker.headloss import PLACES, LossAtLabels, at_labels
 from launcher.worker.loading import find_checkpoint
@@ -38,6 +38,7 @@ from launcher.worker.metrics import Metrics
 from launcher.worker.prepared import Prepared
 from launcher.worker.pulse import Pulse
 from launcher.worker.requests import Requests
+from launcher.worker.stragglers import OwnTime
 from launcher.worker.weights import PARAMETERS_SHARDED, write_weights
 
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
@@ -106,8 +107,10 @@ class PlannedTrainer(Trainer):
             self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
         self.order = StepOrder(self.train_rows["length"][:], plan.global_batch, plan.recipe.train.seed, plan.batching)
         self.metrics = Metrics(run, plan, prepared, self.args.device)
+        self.metrics.own = OwnTime(plan, self.model, self.args.device)
         check_world(plan, self, pulse.rank)
         self.requests = Requests(run)
+        self.bad_step = FirstBadStep()
         self.saver = checkpoint.Saver(run, plan)
         per_epoch = steps_per_epoch(plan, len(self.train_rows))
         for callback in (
@@ -146,9 +149,14 @@ class PlannedTrainer(Trainer):
         return {name: part.to(self.args.device, non_blocking=True) for name, part in inputs.items()}
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
+        self.metrics.own.begin()
         inputs = self._prepare_inputs(inputs)
         self.metrics.counters.add(inputs)
+        self.pulse.batch = (inputs["input_ids"].shape[0], inputs["input_ids"].shape[1])
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self.metrics.own.mark()
+        self.bad_step.note(loss, self.state.global_step + 1)
+        self.pulse.beat()
         return loss
 
     @property
@@ -196,6 +204,7 @@ class PlannedTrainer(Trainer):
                     batch = {name: part for name, part in batch.items() if name != PLACES}
                     batch["labels"].fill_(IGNORED)
                 total += torch.stack(self._summed_loss(batch)).to(total)
+                self.pulse.beat()
         # Without a backward pass the last weights that were gathered stay whole, or on their way.
         if isinstance(self.model, FSDPModule):
             self.model.reshard()
@@ -230,6 +239,7 @@ class PlannedTrainer(Trainer):
 
     def finish_saving(self, is_last: bool = False) -> None:
         """Wait for the checkpoint that is being written in the background."""
+        self.pulse.beat("save")
         with self._where_saving_fails(is_last):
             self.saver.finish()
 

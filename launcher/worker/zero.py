@@ -1,7 +1,4 @@
-"""What DeepSpeed needs beside its JSON: a partitioned model, and proof that it does what was planned.
-
-DeepSpeed's launcher is not part of this: its signal handler ends processes by pattern. Ranks come from torchrun.
-"""
+"""What DeepSpeed needs beside its JSON: a partitioned model, and proof that it does what was planned."""
 
 from __future__ import annotations
 

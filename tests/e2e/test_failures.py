@@ -72,7 +72,7 @@ def test_an_exception_in_one_rank_is_shown_before_everything_else(
 @pytest.mark.parametrize(
     ("rank", "action", "exit_code", "cause"),
     [
-        pytest.param(1, "os.kill(os.getpid(), 9)", 128 + signal.SIGKILL, "killed (SIGKILL)", id="killed"),
+        pytest.param(1, "os.kill(os.getpid(), 9)", 128 + signal.SIGKILL, "killed", id="killed"),
         pytest.param(1, "os._exit(7)", 7, "ended with exit code 7 and gave no reason", id="os._exit"),
         pytest.param(0, "ctypes.string_at(0)", 128 + signal.SIGSEGV, "crashed (SIGSEGV)", id="segfault"),
     ],
@@ -91,18 +91,40 @@ def test_a_rank_that_dies_without_a_word_is_named_and_not_the_one_that_noticed(
     done = launch(recipe, "--run-dir", "run", **broken)
 
     assert done.returncode == exit_code
-    failed, reason, log = lines_of(done.stderr, 3)
+    failed, reason, *more = lines_of(done.stderr, 5)
     # The other rank writes down the step when it notices; torchrun may end it before, then the last heartbeat has to do.
     assert re.fullmatch(rf"rank {rank} \({re.escape(HOST)}, cpu\) at step [23]", failed[1])
     assert reason[0] == "cause"
     assert reason[1].startswith(cause)
-    assert log == ("log", f"run/logs/{HOST}-rank{rank}.log")
+    assert ("log", f"run/logs/{HOST}-rank{rank}.log") in more
     assert "Traceback" not in done.stdout
     assert "Connection closed" not in done.stderr
+    if exit_code == 128 + signal.SIGKILL:  # as far as this machine counts what the kernel kills
+        assert "by the kernel's OOM killer" not in done.stderr
+        assert re.search(
+            r"just before, this rank had \d\.\d\d GiB of host memory, and \d+\.\d\d GiB were left", done.stderr
+        )
     if exit_code == 128 + signal.SIGSEGV:  # faulthandler says where
         assert "in training_step" in done.stderr
     failure = report_of(tmp_path / "run")["failure"]
     assert (failure["rank"], failure["exit_code"], failure["echoes"]) == (rank, exit_code, [1 - rank])
+
+
+def test_memory_of_a_card_that_runs_out_is_held_against_the_plan(
+    launch: Launcher, sabotage: Sabotage, recipe: Path, tmp_path: Path
+) -> None:
+    no_memory = "import torch; self.pulse.batch = (2, 48); raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.54 GiB')"
+    done = launch(recipe, "--run-dir", "run", **sabotage.step(3, no_memory))
+
+    assert done.returncode == 1
+    _, cause, planned, batch, remedy = lines_of(done.stderr, 5)
+    assert cause == ("cause", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.54 GiB")
+    assert re.fullmatch(r"planned \d\.\d\d GiB of \d+\.\d\d GiB on cpu", planned[1])
+    assert batch == ("", "this batch had 2 × 48 = 96 tokens; the plan is for 96 at most")
+    assert remedy == ("remedy", "launch resume run train.gradient_checkpointing=true")
+    failure = report_of(tmp_path / "run")["failure"]
+    assert failure["memory"]["rss"] > 2**20
+    assert failure["last_lines"][-1].startswith("torch.OutOfMemoryError")
 
 
 def test_a_rank_that_fails_before_training(launch: Launcher, sabotage: Sabotage, recipe: Path, tmp_path: Path) -> None:
@@ -124,7 +146,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(launch: Launcher
     assert done.returncode == 1
     failed, cause, remedy = lines_of(done.stderr, 3)
     assert failed == ("failed", f"rank 0 ({HOST}, cpu) at step 2")
-    assert cause[1].startswith("train.lr: 1e+30: the loss is nan at step 2")
+    assert cause[1].startswith("train.lr: 1e+30: the loss is nan at step 2, with a learning rate of 1e+30")
     assert remedy == ("remedy", "learn more slowly: launch resume run train.lr=1e+29")
     assert "others" not in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
@@ -151,7 +173,7 @@ def test_when_torchrun_is_killed_it_is_named_and_no_rank_is_left(
 ) -> None:
     started = launch.start(recipe, "--run-dir", "run", "train.max_steps=100000")
     started.wait_for_event(tmp_path / "run", "save")
-    node = read_json(RunDir(tmp_path / "run").heartbeats / "node.json")
+    node = read_json(RunDir(tmp_path / "run").node_heartbeat(0))
     os.kill(node["pid"], signal.SIGKILL)
 
     assert started.process.wait(20) == 128 + signal.SIGKILL

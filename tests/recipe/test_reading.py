@@ -36,7 +36,8 @@ train.early_stopping train.early_stopping.patience train.early_stopping.min_delt
 checkpoint checkpoint.every_steps checkpoint.keep checkpoint.max_shard_size checkpoint.resume checkpoint.init_from
 checkpoint.async checkpoint.on_failure
 hardware
-launch launch.backend launch.run_dir launch.port launch.max_restarts
+launch launch.backend launch.run_dir launch.port launch.max_restarts launch.stall_seconds
+launch.ssh launch.ssh.user launch.ssh.port launch.ssh.key launch.ssh.python launch.ssh.timeout_s
 """
 
 

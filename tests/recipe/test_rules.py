@@ -188,15 +188,6 @@ RULES: list[tuple[Sections, str, str, Sections]] = [
     ),
     *(
         (
-            {"launch": {"backend": "deepspeed"}, "strategy": {"type": name}},
-            "launch.backend",
-            f"deepspeed is for zero1, zero2 and zero3, not {name}. Set launch.backend=torchrun",
-            {"launch": {"backend": "deepspeed"}, "strategy": {"type": "zero2"}},
-        )
-        for name in ("single", "ddp", "fsdp")
-    ),
-    *(
-        (
             {"launch": {"backend": "python"}, "strategy": {"type": name}},
             "launch.backend",
             f"python starts one process, {name} needs one per device. Set launch.backend=torchrun",
@@ -265,12 +256,6 @@ RULES: list[tuple[Sections, str, str, Sections]] = [
         "is empty. Give a folder, or null for runs/<recipe>-<time>",
         {"launch": {"run_dir": None}},
     ),
-    (
-        {"launch": {"max_restarts": 1}},
-        "launch.max_restarts",
-        "this version does not restart by itself. Set launch.max_restarts=0 and use: launch resume RUN",
-        {"launch": {"max_restarts": 0}},
-    ),
 ]
 
 
@@ -288,14 +273,14 @@ def test_all_broken_rules_are_found_at_once():
                 "data": {"eval": {}},
                 "adapter": {"type": "full", "modules_to_save": ("lm_head",), "init_r": 3},
                 "strategy": {"type": "ddp", "offload": "parameters", "device_map": "a"},
-                "launch": {"backend": "python", "max_restarts": 3},
+                "launch": {"backend": "python"},
                 "checkpoint": {"resume": "auto"},
             }
         )
     )
     assert [problem.key for problem in found] == [
         "model", "data.eval", "adapter.modules_to_save", "adapter.init_r", "strategy.offload", "strategy.type",
-        "launch.backend", "checkpoint.resume", "launch.max_restarts",
+        "launch.backend", "checkpoint.resume",
     ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from launcher.errors import PreflightError
 from launcher.manifest import describe_file
 from launcher.worker.checkpoint import Staging, files
-from launcher.worker.checkpoint.files import HashedFile, TensorFile, write_tensors
+from launcher.worker.checkpoint.files import Copies, HashedFile, TensorFile, write_tensors
 from launcher.worker.checkpoint.slices import Slice, Slices, write_slices
 
 TENSORS = {
@@ -85,7 +85,8 @@ def test_files_are_flushed_before_they_count(tmp_path: Path, monkeypatch: pytest
 
 
 def test_what_is_written_later_is_what_was_handed_over(tmp_path: Path) -> None:
-    folder = Staging(tmp_path, later=True)
+    copies = Copies()
+    folder = Staging(tmp_path, copies)
     weights = {"w": torch.ones(4)}
     folder.tensors("a.safetensors", weights)
     folder.text("b.json", "{}")
@@ -94,6 +95,10 @@ def test_what_is_written_later_is_what_was_handed_over(tmp_path: Path) -> None:
     folder.write()
     assert load_file(tmp_path / "a.safetensors")["w"].tolist() == [1.0] * 4
     assert list(folder.files) == ["a.safetensors", "b.json"]
+    # The next checkpoint is copied into the same memory, but for what has another shape by then.
+    place = copies.of("a.safetensors/w", torch.full((4,), 2.0)).data_ptr()
+    assert copies.of("a.safetensors/w", torch.full((4,), 3.0)).data_ptr() == place
+    assert copies.of("a.safetensors/w", torch.full((2, 4), 4.0)).tolist() == [[4.0] * 4] * 2
 
 
 def test_after_an_error_nothing_more_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from launcher.native import Native
-from launcher.report import numbers
+from launcher.story import numbers
 from launcher.worker import chat
 from launcher.worker.convert import wanted_config
 from launcher.worker.data.tokens import Prompter

@@ -10,9 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from launcher import manifest
 from launcher.plan import Plan
-from launcher.report import Numbers, numbers
 from launcher.show import show_done
-from launcher.supervise import Outcome
+from launcher.story import Numbers, numbers
 from launcher.worker import chat
 from tests.worker.conftest import Job
 
@@ -75,7 +74,7 @@ def test_the_last_lines_of_a_run_put_both_answers_side_by_side(job: Job, capsys:
     ]
     job.run.events.write_text("\n".join(lines) + "\n")
     story: Numbers = numbers(job.run, {})
-    show_done(Console(width=200, soft_wrap=True), plan, Outcome(0, story), Path("RUN"))
+    show_done(Console(width=200, soft_wrap=True), plan, story, Path("RUN"))
     printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     start = next(place for place, line in enumerate(printed) if line.startswith("answers"))
     assert printed[start : start + 7] == [

@@ -162,6 +162,20 @@ class TensorFile:
         return self.read(name).view(self.layout[name][1])
 
 
+class Copies:
+    """Host memory for the copies of a checkpoint, kept for the next one: the system takes longer to hand it out than a copy takes."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def of(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy, where that of the same key was; whoever asks for it is done with the one before."""
+        kept = self._kept.get(key)
+        if kept is None or (kept.dtype, kept.shape) != (tensor.dtype, tensor.shape):
+            kept = self._kept[key] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return kept.copy_(tensor.detach())
+
+
 class Staging(os.PathLike[str]):
     """The folder of a checkpoint that is being written, and what this rank has put there.
 
@@ -169,12 +183,12 @@ class Staging(os.PathLike[str]):
     for ever. Whoever needs a path takes this object for one; a file written past it counts too, its checksum is then read back.
 
     Args:
-        later: keep copies in memory, and write when `write` is called, perhaps by another thread.
+        copies: where tensors are kept until `write` is called, perhaps by another thread; without it everything is written at once.
     """
 
-    def __init__(self, path: Path, later: bool = False) -> None:
+    def __init__(self, path: Path, copies: Copies | None = None) -> None:
         self.path = path
-        self.later = later
+        self.copies = copies
         self.files: dict[str, FileEntry] = {}
         self.error: Exception | None = None
         self._jobs: list[Callable[[], None]] = []
@@ -192,8 +206,8 @@ class Staging(os.PathLike[str]):
     def tensors(self, name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] = _PLAIN) -> None:
         """A safetensors file. What is handed over may change afterwards."""
         layout = layout_of(tensors)
-        if self.later:
-            tensors = {key: tensors[key].detach().to("cpu", copy=True) for key in layout}
+        if self.copies is not None:
+            tensors = {key: self.copies.of(f"{name}/{key}", tensors[key]) for key in layout}
         values = ((key, tensors[key]) for key in layout)
         self._do(name, lambda: write_tensors(self.path / name, layout, values, metadata))
 
@@ -216,9 +230,9 @@ class Staging(os.PathLike[str]):
 
     def write(self) -> None:
         """Do what was put off."""
-        self.later = False
+        self.copies = None
         while self._jobs:
-            self._jobs.pop(0)()  # which gives its copies back
+            self._jobs.pop(0)()
 
     def _do(self, name: str, write: Callable[[], FileEntry]) -> None:
         def job() -> None:
@@ -228,7 +242,7 @@ class Staging(os.PathLike[str]):
                 except OSError as error:
                     self.error = error
 
-        if self.later:
+        if self.copies is not None:
             self._jobs.append(job)
         else:
             job()

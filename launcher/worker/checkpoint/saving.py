@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from launcher.manifest import FILE_NAME, Manifest, best_first, describe_file, folders, set_aside, sync_folder, verify
 from launcher.plan import Plan, checkpoint_bytes, identity
 from launcher.rundir import RunDir, append_event
-from launcher.worker.checkpoint.files import Staging, write_bytes
+from launcher.worker.checkpoint.files import Copies, Staging, write_bytes
 
 _STAGING, _DELETING = ".staging-", ".deleting-"
 
@@ -65,10 +65,11 @@ class Saver:
         self.run = run
         self.plan = plan
         self.join = join
-        self.later = plan.recipe.checkpoint.async_
+        later = plan.recipe.checkpoint.async_
+        self._copies = Copies() if later else None
         # A day: whoever has written waits in another thread for whoever has not, and a dead rank is noticed by training.
         wait = timedelta(days=1)
-        self._group = dist.new_group(backend="gloo", timeout=wait) if self.later and dist.is_initialized() else None
+        self._group = dist.new_group(backend="gloo", timeout=wait) if later and dist.is_initialized() else None
         self._thread = ThreadPoolExecutor(1, "save")
         self._pending: Future[Path] | None = None
 
@@ -78,8 +79,8 @@ class Saver:
         Raises:
             NotSavedError: it could not be written, or not begun.
         """
-        folder = stage(self.run, self.plan, at, write, self.later)
-        if self.later:
+        folder = stage(self.run, self.plan, at, write, self._copies)
+        if self._copies is not None:
             self._pending = self._thread.submit(
                 commit, self.run, self.plan, at, folder, join=self.join, group=self._group
             )
@@ -102,13 +103,15 @@ class Saver:
             pending.result()
 
 
-def stage(run: RunDir, plan: Plan, at: Position, write: Callable[[Staging], None], later: bool = False) -> Staging:
-    """Make the staging folder and have this rank's files written, or with `later` copied.
+def stage(
+    run: RunDir, plan: Plan, at: Position, write: Callable[[Staging], None], copies: Copies | None = None
+) -> Staging:
+    """Make the staging folder and have this rank's files written, or copied to be written later.
 
     Raises:
         NotSavedError: there can be no folder, or there is no room for what belongs into it.
     """
-    folder = Staging(run.checkpoints / f"{_STAGING}step-{at.step}", later)
+    folder = Staging(run.checkpoints / f"{_STAGING}step-{at.step}", copies)
     error = _begun(run, plan, folder.path) if _rank() == 0 else None
     _require(at, gathered(error))
     try:

@@ -192,6 +192,7 @@ class PipelinedTrainer(PlannedTrainer):
             loss = self.pipeline.evaluate(micro)
             if self.pipeline.is_last:
                 total += torch.stack([loss.double(), torch.tensor(float(micro.num_items)).to(total)])
+            self.pulse.beat()
         self.stage.train()
         return total
 

@@ -1,10 +1,11 @@
-"""What shows before the first step or in it: another world than planned, gradients that are missing or zero, losses that are no number."""
+"""What a run must show to go on: the world that was planned, gradients in its first step, and a loss that is a number."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import Trainer, TrainerCallback
 
 from launcher.errors import LaunchError, PreflightError
@@ -15,6 +16,26 @@ from launcher.worker.dtensors import local
 
 if TYPE_CHECKING:
     from launcher.worker.training import PlannedTrainer
+
+
+class FirstBadStep:
+    """The first step at which this rank's loss was no number: kept on its device, and read only when a log has shown that there is one."""
+
+    _NEVER = torch.iinfo(torch.long).max
+
+    def __init__(self) -> None:
+        self._step: torch.Tensor | None = None
+
+    def note(self, loss: torch.Tensor, step: int) -> None:
+        """Of a micro batch of that step; nobody waits for the value."""
+        if self._step is None:
+            self._step = torch.full((), self._NEVER, dtype=torch.long, device=loss.device)
+        self._step = torch.where(loss.detach().isfinite(), self._step, self._step.clamp(max=step))
+
+    def read(self) -> int | None:
+        """That step; None where there is none on this rank."""
+        step = self._NEVER if self._step is None else int(self._step)
+        return step if step != self._NEVER else None
 
 
 class NoGradientError(LaunchError):
@@ -56,7 +77,9 @@ class FirstStepCheck(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(loss):
-            found = f"the loss is {loss} at step {state.global_step}"
+            steps = [step for step in checkpoint.gathered(self.trainer.bad_step.read()) if step is not None]
+            rate = (logs or {}).get("learning_rate", 0.0)
+            found = f"the loss is {loss} at step {min(steps, default=state.global_step)}, with a learning rate of {rate:.3g}"
             frozen = ((name, p) for name, p in self.trainer.model.named_parameters() if not p.requires_grad)
             broken = next((name for name, p in frozen if p.is_floating_point() and not p.isfinite().all()), None)
             broken = next(filter(None, checkpoint.gathered(broken)), None)  # all ranks are here, and give one reason

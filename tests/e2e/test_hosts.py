@@ -1,0 +1,188 @@
+"""Two machines with an sshd each (`hosts`): a run over both, and that nothing of it is left on either, whatever goes away."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.rundir import RunDir, read_events, read_json
+from tests.e2e.conftest import RECIPE, report_of
+from tests.e2e.hosts import Host, two_hosts
+
+LONG = ("train.max_steps=100000", "checkpoint.every_steps=50")
+
+
+@dataclass
+class Head:
+    """The terminal on node-a."""
+
+    hosts: tuple[Host, Host]
+    env: dict[str, str]
+    folder: Path
+    recipe: Path
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def launch(self, *args: str) -> subprocess.Popen[str]:
+        """Start `launch RECIPE --hostfile hosts …` there; the process is nsenter's, whose child is the launcher."""
+        return self._start(str(self.recipe), "--hostfile", "hosts", *args)
+
+    def resume(self, *args: str) -> subprocess.Popen[str]:
+        """Start `launch resume …` there."""
+        return self._start("resume", *args)
+
+    def _start(self, *args: str) -> subprocess.Popen[str]:
+        argv = [sys.executable, "-m", "launcher.cli", *args]
+        with (self.folder / "out").open("w") as out:
+            process = subprocess.Popen(
+                self.hosts[0].inside(argv, self.folder), env=self.env, stdout=out, stderr=out, text=True
+            )
+        self.started.append(process)
+        return process
+
+    @property
+    def said(self) -> str:
+        return (self.folder / "out").read_text()
+
+    def signal(self, process: subprocess.Popen[str], number: int) -> None:
+        """Send a signal to the launcher itself."""
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[0]), number)
+
+    def wait_for(self, process: subprocess.Popen[str], what: Callable[[], Any], seconds: float = 90) -> None:
+        deadline = time.monotonic() + seconds
+        while not what():
+            assert process.poll() is None, f"ended with {process.returncode}\n{self.said}"
+            assert time.monotonic() < deadline, f"waited {seconds} s in vain\n{self.said}"
+            time.sleep(0.05)
+
+    def left(self, seconds: float) -> set[int]:
+        """What still runs on either host after so many seconds at most."""
+        deadline = time.monotonic() + seconds
+        while (alive := self.hosts[0].processes() | self.hosts[1].processes()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return alive
+
+
+@pytest.fixture
+def head(launch_env: dict[str, str], data_file: Path, tmp_path: Path) -> Iterator[Head]:
+    folder = tmp_path / "it's a $HOME"
+    folder.mkdir()
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(RECIPE.format(data=data_file).replace("global_batch: 4", "global_batch: 6"))
+    (folder / "hosts").write_text("node-a slots=2\nnode-b slots=1  # one is busy\n")
+    (tmp_path / "net").mkdir()
+    with two_hosts(tmp_path / "net") as hosts:
+        made = Head(hosts, {**launch_env, "OMP_NUM_THREADS": "1"}, folder, recipe)
+        yield made
+    for process in made.started:  # its host is switched off, and everything on it
+        process.wait(10)
+
+
+def trains(run: Path) -> bool:
+    return any(event["event"] == "log" for event in read_events(RunDir(run))[0])
+
+
+def test_a_killed_launcher_leaves_nothing_on_any_node(head: Head) -> None:
+    run = head.folder / "a run"
+    process = head.launch("--run-dir", "a run", *LONG)
+    head.wait_for(process, lambda: trains(run))
+    told = head.said
+    assert "nodes        node-a   2 × cpu   10.231.7.1 on lan0" in told
+    assert "node-b   1 × cpu   10.231.7.2 on lan0" in told
+    assert (run / "logs" / "node-b-rank2.log").exists()
+    assert all(len(host.processes()) >= 3 for host in head.hosts), "an agent, torchrun and ranks on both"
+
+    head.signal(process, signal.SIGKILL)
+
+    assert not head.left(15)
+    with RunDir(run).locked():
+        pass
+
+
+@pytest.mark.slow
+def test_a_run_to_its_end_and_on_with_one_host(head: Head) -> None:
+    assert head.launch("--run-dir", "run").wait(120) == 0, head.said
+    assert report_of(head.folder / "run")["result"] == "done", head.said
+    assert not head.left(1)
+    told = "resume       step-4: complete, verified"
+    assert head.resume("run", "train.max_steps=6").wait(120) == 0, head.said
+    assert told in head.said
+    assert "nodes        node-a" in head.said
+    only = ("--hostfile", "hosts", "--include", "node-b:0")
+    assert head.resume("run", *only, "train.max_steps=8").wait(120) == 0, head.said
+    assert (head.folder / "run" / "logs" / "node-b-rank0.log").exists(), "by ssh, on the other host alone"
+
+
+@pytest.mark.slow
+def test_a_host_whose_cable_is_pulled_out_ends_by_itself_and_is_named(head: Head) -> None:
+    run = head.folder / "run"
+    process = head.launch("--run-dir", "run", *LONG)
+    head.wait_for(process, lambda: trains(run))
+    pulled = time.monotonic()
+
+    head.hosts[1].unplug()
+
+    assert process.wait(45) == 255, head.said
+    assert time.monotonic() - pulled < 40
+    assert "the connection to node-b is lost: " in head.said
+    assert not head.left(15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_every_node(head: Head, number: signal.Signals) -> None:
+    run = head.folder / "run"
+    process = head.launch("--run-dir", "run", *LONG)
+    head.wait_for(process, lambda: trains(run))
+
+    head.signal(process, number)
+
+    assert process.wait(30) == 130, head.said
+    assert not head.left(0.5)
+    assert ("is saved" in head.said) == (number == signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_on_the_other_host_is_named(head: Head) -> None:
+    run = RunDir(head.folder / "run")
+    process = head.launch("--run-dir", "run", *LONG)
+    head.wait_for(process, lambda: trains(run.path))
+    rank = read_json(run.heartbeat(2))["pid"]  # as node-b counts
+    kill = head.hosts[1].inside(["kill", "-9", str(rank)])
+    subprocess.run(kill, check=True)
+
+    assert process.wait(30) == 137, head.said
+    assert "rank 2 (node-b, cpu)" in head.said
+    assert not head.left(0.5)
+
+
+@pytest.mark.slow
+def test_deepspeeds_launcher_ends_on_both_hosts_and_nothing_of_its_name_elsewhere(head: Head) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    # What DeepSpeed's own runner would end, on every host, at Ctrl-C.
+    namesake = [sys.executable, "-c", "import time; time.sleep(300)", "-u -m deepspeed.launcher.launch"]
+    canaries = [subprocess.Popen(namesake), subprocess.Popen(head.hosts[1].inside(namesake))]
+    try:
+        head.wait_for(canaries[1], lambda: len(head.hosts[1].processes()) == 1)
+        run = head.folder / "run"
+        process = head.launch("--run-dir", "run", "launch.backend=deepspeed", *LONG)
+        head.wait_for(process, lambda: trains(run))
+
+        head.signal(process, signal.SIGINT)
+
+        assert process.wait(30) == 130, head.said
+        assert len(head.left(0.5)) == 1, "the canary on node-b"
+        assert [canary.poll() for canary in canaries] == [None, None]
+    finally:
+        for canary in canaries:
+            canary.kill()
+            canary.wait()
