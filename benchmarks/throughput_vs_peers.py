@@ -184,22 +184,25 @@ def _row(system: System, of_it: list[tuple[Measured, dict[str, Measured]]]) -> t
 
 
 def _goals(page: Page, rounds: dict[int, dict[str, Measured]]) -> None:
-    seed, best = [], []
-    for found in rounds.values():
-        if "launch" in found and "seed" in found:
-            ours = found["launch"]["tokens_per_second"]
-            seed.append(ours / found["seed"]["tokens_per_second"])
-            others = [f["tokens_per_second"] for name, f in found.items() if name not in ("launch", "seed")]
-            best += [ours / max(others)] if others else []
-    rows = [
-        (what, f"{statistics.median(values):.2f}", f"≥ {goal}", "yes" if statistics.median(values) >= goal else "no")
-        for what, values, goal in (
-            ("× the seed's recipe", seed, GOAL_SEED),
-            ("× the best of the others", best, GOAL_BEST),
-        )
-        if values
-    ]
-    page.table(["real tokens a second", "measured", "goal", "met"], rows)
+    """Both goals by CPU time, which others on this machine disturb less, with the same by the clock on the wall beside it."""
+    rows = []
+    for what, goal, against in (
+        ("× the seed's recipe", GOAL_SEED, ("seed",)),
+        ("× the best of the others", GOAL_BEST, tuple(name for name in SYSTEMS if name not in ("launch", "seed"))),
+    ):
+        ratios = {}
+        for rate in ("tokens_per_cpu_second", "tokens_per_second"):
+            found = [
+                each["launch"][rate] / max(each[name][rate] for name in against if name in each)
+                for each in rounds.values()
+                if "launch" in each and any(name in each for name in against)
+            ]
+            ratios[rate] = found
+        if ratios["tokens_per_cpu_second"]:
+            by_cpu, by_wall = (statistics.median(values) for values in ratios.values())
+            met = "yes" if by_cpu >= goal else "no"
+            rows.append((what, f"{by_cpu:.2f}", f"{by_wall:.2f}", f"≥ {goal}", met))
+    page.table(["real tokens", "by CPU s", "by wall s", "goal", "met (CPU s)"], rows)
 
 
 def _raw(found: Measured) -> tuple[str, ...]:
