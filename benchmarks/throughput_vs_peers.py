@@ -126,7 +126,9 @@ def write_page(kept: list[Measured], task: Task, options: argparse.Namespace) ->
         "Result",
         f"Model `{options.shape}`, {task.num_rows} rows of {task.num_tokens / task.num_rows:.0f} tokens on average, "
         f"{ROWS_A_STEP} rows a step, {options.epochs} epochs. Ratios are medians of those within a round ({len(rounds)} of them). "
-        "The loss that all have to reach is the seed's last one in its round; seconds to it count from the beginning of the first step.",
+        "The loss that all have to reach is the last one of whoever ends highest in a round; seconds to it count from the first step on.",
+        "Where other work shares the machine (see the load below) seconds on the wall say more about that work than about a system, and "
+        "CPU seconds are what to compare.",
     )
     rows = []
     for system in SYSTEMS.values():
@@ -139,7 +141,7 @@ def write_page(kept: list[Measured], task: Task, options: argparse.Namespace) ->
             "tokens/s × seed",
             "tokens / CPU s × seed",
             "padding",
-            "s to the seed's loss",
+            "s to the same loss",
             "last loss",
             "first step after s",
         ],
@@ -170,7 +172,8 @@ def _row(system: System, of_it: list[tuple[Measured, dict[str, Measured]]]) -> t
     def ratio(name: str) -> str:
         return f"{statistics.median(found[name] / beside['seed'][name] for found, beside in of_it):.2f}"
 
-    to_loss = [seconds_to(found["curve"], beside["seed"]["curve"][-1][2]) for found, beside in of_it]
+    highest = [max(each["curve"][-1][2] for each in beside.values()) for _, beside in of_it]
+    to_loss = [seconds_to(found["curve"], loss) for (found, _), loss in zip(of_it, highest, strict=True)]
     reached = [value for value in to_loss if value is not None]
     return (
         system.name,
