@@ -24,6 +24,9 @@ bench:              ## the results pages of this machine
 	python benchmarks/loading_memory.py
 	python benchmarks/memory_honesty.py
 	python benchmarks/pipeline.py
+	python benchmarks/scaling.py
+	# python benchmarks/{memory_balance,data_prep,throughput_vs_peers,startup_vs_peers}.py --data alpaca_en_demo.json [--environments DIR]
+	# python benchmarks/gpu_step.py, on a machine with a card
 	python benchmarks/device_maps.py
 	python benchmarks/checkpoint_stall.py
 	# python benchmarks/chaos.py, which takes an hour or more

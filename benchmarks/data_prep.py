@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from page import Page, environment
+from peers.task import make
 
 from launcher.cluster import resolve_cluster
 from launcher.command import prepare_command
@@ -29,8 +30,7 @@ from launcher.supervise import write_run
 
 GOAL_SECOND = 1.0
 _RECIPE = """\
-model: {{config: {{model_type: llama, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 4,
-  num_key_value_heads: 4, vocab_size: 2048, max_position_embeddings: 512, tie_word_embeddings: false}}}}
+model: {{path: {model}}}
 data: {{path: rows.json, format: alpaca, max_length: 512}}
 train: {{max_steps: 2, global_batch: 8}}
 hardware: 1xcpu
@@ -48,7 +48,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="launch-data-") as name:
         folder = Path(name)
         write_rows(options.data, folder / "rows.json", options.rows)
-        (folder / "prep.yaml").write_text(_RECIPE.format(), encoding="utf-8")
+        (folder / "prep.yaml").write_text(
+            _RECIPE.format(model=make(options.data.resolve(), folder, "tiny").model), encoding="utf-8"
+        )
         size = (folder / "rows.json").stat().st_size
         cores = len(os.sched_getaffinity(0))
         found = {}

@@ -24,13 +24,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import oracle
 import torch
 from memory_honesty import catalogued
 from oracle.ledger import Ledger
 from page import Page
 from peers.task import encoded_rows
 
-import oracle
 from launcher.memory import GIB
 from launcher.plan import Plan
 from launcher.worker.data.batches import RankBatches, StepOrder
@@ -54,8 +54,8 @@ def main() -> None:
     plan = planned(options.layers)
     whole = plan.model_copy(update={"logits": "whole", "batching": "padded"})
     found = {
-        "the seed's recipe": peaks(whole, as_they_come(rows, options.epochs)),
-        "ours": peaks(plan, as_planned(rows, plan, options.epochs)),
+        "the seed's recipe": peaks(whole, list(as_they_come(rows, options.epochs))),
+        "ours": peaks(plan, list(as_planned(rows, plan, options.epochs))),
     }
     page = Page("Memory of ranks that do the same job", "Is one rank fuller than another?")
     page.section(
@@ -110,7 +110,7 @@ def as_planned(rows: list[Row], plan: Plan, epochs: int) -> Iterator[list[list[R
             yield [[rows[row] for row in batch] for batch in step]
 
 
-def peaks(plan: Plan, steps: Iterator[list[list[Row]]]) -> list[list[int]]:
+def peaks(plan: Plan, steps: list[list[list[Row]]]) -> list[list[int]]:
     """Bytes of each rank at its fullest, of every step."""
     seen: dict[tuple[int, int, int], int] = {}
     found = []

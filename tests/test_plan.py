@@ -317,9 +317,8 @@ def test_packing_is_planned_where_the_family_can() -> None:
 def test_batching_is_bucketed_unless_asked_otherwise() -> None:
     plan = planned("2xcpu")
     assert plan.batching == "bucketed"
-    assert (
-        because(plan, "data.batching")
-        == "rows of like length leave little padding, and a pack's mask grows with the square of its length"
+    assert because(plan, "data.batching") == (
+        "rows of like length leave little padding, and a pack's mask grows with the square of its length"
     )
 
 

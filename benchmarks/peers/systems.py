@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,7 +120,9 @@ def _llamafactory(task: Task, folder: Path, environments: Path, epochs: int) -> 
     }
     config = folder / "llamafactory.yaml"
     config.write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
-    variables = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(RANKS), "DISABLE_VERSION_CHECK": "1"}
+    # It starts the torchrun that PATH finds.
+    path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
+    variables = {"PATH": path, "FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(RANKS), "DISABLE_VERSION_CHECK": "1"}
     return Job([str(python.with_name("llamafactory-cli")), "train", str(config)], folder, variables)
 
 

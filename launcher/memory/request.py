@@ -12,8 +12,8 @@ from launcher.recipe.schema import Adapter
 
 # How the head computes a loss: logits of every token; of those that a label follows; and of these some at a time, never kept.
 Logits = Literal["whole", "labels", "parts"]
-# Logits that are there at once in parts: on a card a quarter GiB in fp32, on a CPU what its caches hold.
-_LOGITS_AT_ONCE = {"cuda": 2**26, "cpu": 2**20}
+# Logits that are there at once in parts: on a card a quarter GiB in fp32, on a CPU 32 MiB (smaller parts are slower).
+_LOGITS_AT_ONCE = {"cuda": 2**26, "cpu": 2**23}
 _TOKENS_STEP = 64
 
 

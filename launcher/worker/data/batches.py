@@ -106,8 +106,8 @@ class StepOrder:
         return [list(rows[place : place + self.global_batch]) for place in range(0, len(rows), self.global_batch)]
 
     def _bucketed(self, order: Sequence[int], generator: torch.Generator) -> list[list[int]]:
-        # Windows of at most 50 steps and at least four an epoch: the rows that share a step change from epoch to epoch.
-        window = self.global_batch * max(1, min(50, len(self) // 4))
+        # Windows of at most 50 steps and at least two an epoch: the rows that share a step change from epoch to epoch.
+        window = self.global_batch * max(1, min(50, len(self) // 2))
         steps: list[list[int]] = []
         for start in range(0, len(order), window):
             steps += self._cut(sorted(order[start : start + window], key=lambda row: -self.lengths[row]))
