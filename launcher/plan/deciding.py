@@ -38,7 +38,10 @@ _LARGEST_MICRO_BATCH = {"cuda": 64, "cpu": 8}
 _LOGITS: dict[Logits, tuple[str, str]] = {
     "parts": ("where there are labels, in parts", "the head is not trained, so no logits have to be kept"),
     "labels": ("where there are labels", "others have no part in the loss"),
-    "whole": ("of every token", "how this model computes its loss is not known here"),
+    "whole": (
+        "of every token",
+        "here a loss of fewer is not held against its plan: code of the model's own, or a device map",
+    ),
 }
 
 

@@ -108,7 +108,7 @@ def test_a_killed_launcher_leaves_nothing_on_any_node(head: Head) -> None:
         pass
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_run_to_its_end_and_on_with_one_host(head: Head) -> None:
     assert head.launch("--run-dir", "run").wait(120) == 0, head.said
     assert report_of(head.folder / "run")["result"] == "done", head.said
@@ -122,7 +122,7 @@ def test_a_run_to_its_end_and_on_with_one_host(head: Head) -> None:
     assert (head.folder / "run" / "logs" / "node-b-rank0.log").exists(), "by ssh, on the other host alone"
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_host_whose_cable_is_pulled_out_ends_by_itself_and_is_named(head: Head) -> None:
     run = head.folder / "run"
     process = head.launch("--run-dir", "run", *LONG)
@@ -137,7 +137,7 @@ def test_a_host_whose_cable_is_pulled_out_ends_by_itself_and_is_named(head: Head
     assert not head.left(15)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_every_node(head: Head, number: signal.Signals) -> None:
     run = head.folder / "run"
@@ -151,7 +151,7 @@ def test_a_signal_ends_every_node(head: Head, number: signal.Signals) -> None:
     assert ("is saved" in head.said) == (number == signal.SIGTERM)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_rank_that_is_killed_on_the_other_host_is_named(head: Head) -> None:
     run = RunDir(head.folder / "run")
     process = head.launch("--run-dir", "run", *LONG)
@@ -165,7 +165,7 @@ def test_a_rank_that_is_killed_on_the_other_host_is_named(head: Head) -> None:
     assert not head.left(0.5)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_rank_of_the_other_host_is_killed_and_all_start_again_then_one_is_stopped_and_named(head: Head) -> None:
     run = RunDir(head.folder / "run")
     process = head.launch("--run-dir", "run", "launch.max_restarts=1", "launch.stall_seconds=5", *LONG)
@@ -192,7 +192,7 @@ def test_a_rank_of_the_other_host_is_killed_and_all_start_again_then_one_is_stop
     assert not head.left(0.5)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_deepspeeds_launcher_ends_on_both_hosts_and_nothing_of_its_name_elsewhere(head: Head) -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     # What DeepSpeed's own runner would end, on every host, at Ctrl-C.

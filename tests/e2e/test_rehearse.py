@@ -62,5 +62,6 @@ def test_it_is_no_dry_run(launch: Launcher) -> None:
     done = launch("quickstart", "--rehearse", "--dry-run")
     assert done.returncode == 2
     assert (
-        "error: --rehearse --dry-run: one starts everything, the other nothing\n  leave one of them out" in done.stderr
+        "error: --rehearse --dry-run: one tries everything before your eyes, the other starts nothing\n  leave one out"
+        in done.stderr
     )

@@ -152,7 +152,7 @@ def log_of(folder: Path, job: str) -> str:
     return (folder / "run" / "logs" / f"slurm-{job}.log").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_job_trains_on_both_nodes(launch: Launcher, cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
     job = submit(launch, cluster, recipe)
     state = cluster.wait(job, lambda state: state["JobState"] in ("COMPLETED", "FAILED"))
@@ -163,7 +163,7 @@ def test_a_job_trains_on_both_nodes(launch: Launcher, cluster: Cluster, recipe: 
     assert "n2   2 × cpu" in said
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_job_whose_time_is_up_saves_and_stands_in_the_queue_again(
     launch: Launcher, cluster: Cluster, recipe: Path, tmp_path: Path
 ) -> None:
@@ -182,7 +182,7 @@ def test_a_job_whose_time_is_up_saves_and_stands_in_the_queue_again(
     cluster.slurm("scancel", job)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_the_code_of_the_first_failing_rank_is_the_jobs(
     launch: Launcher, cluster: Cluster, recipe: Path, tmp_path: Path
 ) -> None:

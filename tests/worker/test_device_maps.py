@@ -133,14 +133,11 @@ def make(rank_server: Any, long_rows: Path, library: Path, tmp_path: Path, monke
 
 
 def check_peaks(job: Spread, plan: Plan) -> None:
-    """Each device at its fullest is within 5 % of what was planned for it, 8 % where it holds less, and within its capacity.
-
-    The plan counts a label behind every token; here questions have none.
-    """
+    """Each device at its fullest is within 5 % of what was planned for it, and within its capacity."""
     peaks = job.events("log")[-1]["device_memory_bytes"]
     assert len(peaks) == len(plan.stages) == len(job.capacities)
     for stage, peak in zip(plan.stages, peaks, strict=True):
-        assert 0.95 * peak <= stage.memory_bytes - CUDA_CONTEXT_BYTES <= 1.08 * peak
+        assert 0.95 * peak <= stage.memory_bytes - CUDA_CONTEXT_BYTES <= 1.05 * peak
         assert peak <= _GAPS * job.capacities[stage.device] or job.capacities[stage.device] == 0
 
 
