@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launcher.cluster import GIB, resolve_cluster
-from launcher.errors import DoesNotFitError, PreflightError, UsageError
+from launcher.errors import DoesNotFitError, PreflightError, RecipeError, UsageError
 from launcher.plan import ChatPlan, Plan, chat_plan
 from launcher.recipe.device_maps import DeviceMap, load_device_map
 from launcher.rundir import RunDir
@@ -37,6 +37,11 @@ def check(chat: ChatPlan, num_layers: int) -> None:
     for stage in chat.stages:
         device = chat.cluster.devices[stage.device]
         assert stage.memory_bytes <= device.memory_bytes - device.reserved_bytes
+
+
+def test_ranges_of_another_model_are_a_mistake_of_the_map(trained: Plan) -> None:
+    with pytest.raises(RecipeError, match="places layers 0 to 9, .* has 28 layers"):
+        placed(trained, MIXED, placement=["0-4", "5-9"])
 
 
 @pytest.mark.parametrize("context", [64, 4096, 20_000])

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from pydantic import BaseModel, ConfigDict
 
 from launcher.cluster import GIB, Cluster, Device
-from launcher.errors import DoesNotFitError
+from launcher.errors import DoesNotFitError, RecipeError
 from launcher.families import family
 from launcher.memory import ALLOCATOR_RESERVE, CUDA_CONTEXT_BYTES, MemoryRequest, estimate
 from launcher.placement import Layers, Moment, Place, Placement, cost_of, place
+from launcher.plan.mapped import range_problems
 from launcher.plan.model import DTYPE_BYTES, Plan, StagePlan
 from launcher.plan.searching import FREE_SHARE
 from launcher.plan.spreading import ends_together
@@ -71,8 +72,11 @@ def chat_plan(plan: Plan, cluster: Cluster, device_map: DeviceMap | None, contex
     """The fastest placement with room for so many tokens, with as few layers in host memory as can be, none unless the map allows it.
 
     Raises:
+        RecipeError: the device map has ranges of another model, or of more devices.
         DoesNotFitError: it does not fit; quantised layers do not lie in host memory.
     """
+    if problems := list(range_problems(device_map, cluster, plan.shape)):
+        raise RecipeError(problems)
     num, may_spill = plan.shape.num_layers, device_map is not None and device_map.spill == "host"
     quantized = plan.recipe.model.quantization != "none"
     for in_host in range(num + 1 if may_spill and not quantized else 1):

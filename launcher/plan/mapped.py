@@ -104,9 +104,7 @@ def explanations(question: Question, choice: Choice) -> Iterator[Decision]:
     better = [c for c in choice.others if c.device is not None and c.fits and c.time.total_s < seconds]
     if better:
         best = min(better, key=lambda candidate: candidate.time.total_s)
-        because = (
-            f"{seconds / best.time.total_s:.2f} × as fast by itself: strategy.type=single hardware='{best.device}'"
-        )
+        because = f"{seconds / best.time.total_s:.2f} × as fast by itself: strategy.type=single strategy.device_map=null hardware='{best.device}'"
         yield Decision(key="warning", value=f"one {best.device} is enough", because=because)
 
 
