@@ -40,7 +40,7 @@ def check(chat: ChatPlan, num_layers: int) -> None:
 
 
 def test_ranges_of_another_model_are_a_mistake_of_the_map(trained: Plan) -> None:
-    with pytest.raises(RecipeError, match="places layers 0 to 9, .* has 28 layers"):
+    with pytest.raises(RecipeError, match=r"places layers 0 to 9, .* has 28 layers"):
         placed(trained, MIXED, placement=["0-4", "5-9"])
 
 
