@@ -81,10 +81,9 @@ def attach(run_dir: str) -> None:
 def report(run_dir: str) -> None:
     """Tell what a run did: phases, predicted against measured, failures."""
     from launcher.errors import UsageError
-    from launcher.manifest import newest_valid
     from launcher.plan import read_plan
     from launcher.rundir import open_run, read_json
-    from launcher.show import console, show_failure, show_report
+    from launcher.show import console, show_report
     from launcher.watching import story
 
     where = open_run(run_dir)
@@ -93,8 +92,7 @@ def report(run_dir: str) -> None:
         raise UsageError(f"report {run_dir}", "the run has not ended", f"see how it stands: launch status {run_dir}")
     show_report(console(), read_plan(where), read_json(where.report), told[0])
     if told[1] is not None:
-        newest, _ = newest_valid(where)
-        show_failure(console(), told[1], where.path, newest.folder.name if newest else None)
+        start.show_failure(where, told[1], stderr=False)
 
 
 @click.command()

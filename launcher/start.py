@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from launcher.cluster import Cluster
     from launcher.plan import ChatPlan, Plan
     from launcher.recipe import LoadedRecipe
+    from launcher.report import Failure
     from launcher.rundir import RunDir
 
 _WHAT_IS_HERE = "answer on what is here: leave --device-map out"
@@ -267,11 +268,16 @@ def _supervised(resuming: bool, made: Plan, where: RunDir, begun: Callable[[], N
         if outcome.failure is None:
             show.show_done(screen, made, outcome.story, where.path)
         else:
-            newest, _ = manifest.newest_valid(where)
-            show.show_failure(
-                show.console(stderr=True), outcome.failure, where.path, newest.folder.name if newest else None
-            )
+            show_failure(where, outcome.failure, stderr=True)
     return outcome.exit_code
+
+
+def show_failure(where: RunDir, failure: Failure, stderr: bool) -> None:
+    """Say what failed, and the newest checkpoint that the run can go on from."""
+    from launcher import manifest, show
+
+    newest, _ = manifest.newest_valid(where)
+    show.show_failure(show.console(stderr), failure, where.path, newest.folder.name if newest else None)
 
 
 def attach(where: RunDir, typed: str) -> int:
@@ -302,8 +308,7 @@ def attach(where: RunDir, typed: str) -> int:
         )
     numbers, failure, exit_code = told
     if failure is not None:
-        newest, _ = manifest.newest_valid(where)
-        show.show_failure(show.console(stderr=True), failure, where.path, newest.folder.name if newest else None)
+        show_failure(where, failure, stderr=True)
     elif exit_code:
         show.show_stopped(screen, where.path, manifest.folders(where))
     else:

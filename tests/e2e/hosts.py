@@ -35,8 +35,8 @@ ip link set lo up
 mount -t tmpfs tmpfs /run
 mkdir -p /run/sshd
 mount --bind {folder}/hosts /etc/hosts
-mkdir -p /root/.ssh
-mount --bind {folder}/ssh /root/.ssh
+mkdir -p ~root/.ssh
+mount --bind {folder}/ssh ~root/.ssh
 exec {sshd} -D -e -f {folder}/sshd_config
 """
 

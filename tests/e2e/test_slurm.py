@@ -152,6 +152,15 @@ def log_of(folder: Path, job: str) -> str:
     return (folder / "run" / "logs" / f"slurm-{job}.log").read_text()
 
 
+def wait_until_it_trains(folder: Path, job: str) -> RunDir:
+    """The run of a job, once its ranks have done a step."""
+    run, deadline = RunDir(folder / "run"), time.monotonic() + 120
+    while not any(event["event"] == "log" for event in read_events(run)[0]):
+        assert time.monotonic() < deadline, log_of(folder, job)
+        time.sleep(0.2)
+    return run
+
+
 @pytest.mark.cluster
 def test_a_job_trains_on_both_nodes(launch: Launcher, cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
     job = submit(launch, cluster, recipe)
@@ -168,11 +177,7 @@ def test_a_job_whose_time_is_up_saves_and_stands_in_the_queue_again(
     launch: Launcher, cluster: Cluster, recipe: Path, tmp_path: Path
 ) -> None:
     job = submit(launch, cluster, recipe, "train.max_steps=100000", "checkpoint.every_steps=100000")
-    run = RunDir(tmp_path / "run")
-    deadline = time.monotonic() + 120
-    while not any(event["event"] == "log" for event in read_events(run)[0]):
-        assert time.monotonic() < deadline, log_of(tmp_path, job)
-        time.sleep(0.2)
+    wait_until_it_trains(tmp_path, job)
 
     cluster.slurm("scancel", "--signal=USR1", "--batch", job)  # what --signal=B:USR1@120 does before the end
 
@@ -187,11 +192,7 @@ def test_the_code_of_the_first_failing_rank_is_the_jobs(
     launch: Launcher, cluster: Cluster, recipe: Path, tmp_path: Path
 ) -> None:
     job = submit(launch, cluster, recipe, "requeue=no", "train.max_steps=100000")
-    run = RunDir(tmp_path / "run")
-    deadline = time.monotonic() + 120
-    while not any(event["event"] == "log" for event in read_events(run)[0]):
-        assert time.monotonic() < deadline, log_of(tmp_path, job)
-        time.sleep(0.2)
+    run = wait_until_it_trains(tmp_path, job)
     beat = json.loads(run.heartbeat(3).read_text())
     os.kill(beat["pid"], signal.SIGKILL)
     state = cluster.wait(job, lambda state: state["JobState"] in ("COMPLETED", "FAILED"), 60)
