@@ -110,7 +110,7 @@ class Agent:
             "python": platform.python_version(),
             "launcher": launcher.__version__,
             "code": code_hash(),
-            "packages": {name: _version(name) for name in asked["packages"]},
+            "packages": {name: version_of(name) for name in asked["packages"]},
             "shared": shared_by(self.run, self.rank, self.word),
             "missing": [path for path in asked["paths"] if not os.path.exists(path)],
             "clock": time.time(),
@@ -241,7 +241,8 @@ def _devices() -> list[dict[str, Any]]:
     return [device.model_dump(mode="json") for device in found.devices] if found.kind == "cuda" else []
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Its version, `none` where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import launcher
-from launcher.agent import code_hash
+from launcher.agent import code_hash, version_of
 from launcher.cluster import Device, is_here, same_card
 from launcher.command import Rendezvous
 from launcher.errors import PreflightError
@@ -68,7 +67,7 @@ def handshake(nodes: SeveralNodes, tell: Callable[[dict[str, Any]], None]) -> No
     }
     looked = nodes.ask("looked", plan.recipe.launch.ssh.timeout_s + _LOOK_SECONDS, asked)
     own: dict[str, Any] = {"python": platform.python_version(), "launcher": launcher.__version__, "code": code_hash()}
-    own["packages"] = {name: _version(name) for name in _packages(plan)}
+    own["packages"] = {name: version_of(name) for name in _packages(plan)}
     problems = [
         problem
         for one in nodes.connections
@@ -93,13 +92,6 @@ def _needed(plan: Plan) -> list[str]:
 
 def _packages(plan: Plan) -> list[str]:
     return [*_PACKAGES, *(["deepspeed"] if plan.deepspeed is not None or plan.backend == "deepspeed" else [])]
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
 
 
 def _unreached(one: Connection) -> Iterator[PreflightError]:

@@ -212,7 +212,7 @@ def test_another_code_other_packages_and_another_disk_are_found(
 ) -> None:
     nodes = opened(plan_on(tmp_path, "localhost slots=2\nelsewhere slots=1\n", "data.path=/no/such.json"))
     monkeypatch.setattr("launcher.handshake.code_hash", lambda: "0" * 64)
-    monkeypatch.setattr("launcher.handshake._version", lambda name: "1.0")
+    monkeypatch.setattr("launcher.handshake.version_of", lambda name: "1.0")
     monkeypatch.setattr("launcher.agent._LONGEST_CACHE_SECONDS", 0.1)
     wrong = nodes.connect
 
