@@ -63,6 +63,11 @@ class Cluster(Frozen):
         """All devices, node by node."""
         return tuple(device for node in self.nodes for device in node.devices)
 
+    def has_flash(self, dtype: str) -> bool:
+        """Whether torch's flash attention runs in `dtype` on all devices: on a CPU in any, on cards in half precision from compute
+        capability 8.0 on, which are those that have bf16."""
+        return self.kind == "cpu" or (dtype != "fp32" and all(device.bf16 for device in self.devices))
+
     @property
     def kind(self) -> Literal["cuda", "cpu"]:
         """What computes: a cluster never mixes cards and CPU ranks."""

@@ -36,7 +36,8 @@ class MemoryRequest(BaseModel):
     `weights_dtype_bytes` is that of the base as it lies in memory (what is quantized is counted apart), `adapter` says
     which inputs have to be kept; None is LoRA on the family's own targets without dropout. `accumulation`: micro
     batches of a step; from the second on the gradients of the first are there. Under `logits: labels` every token is counted
-    as one with a label.
+    as one with a label. `flash`: attention has torch's flash kernel, which lets a group of heads share its keys
+    (`Cluster.has_flash`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -59,6 +60,7 @@ class MemoryRequest(BaseModel):
     offload: Literal["none", "optimizer", "parameters"] = "none"
     num_processes: int = 1
     kind: Literal["cuda", "cpu"] = "cuda"
+    flash: bool = True
 
     @property
     def num_tokens(self) -> int:

@@ -182,6 +182,7 @@ class Question:
             offload=recipe.strategy.offload,
             num_processes=self.cluster.num_devices,
             kind=self.cluster.kind,
+            flash=self.cluster.has_flash(self.dtype),
         )
 
 

@@ -23,6 +23,7 @@ from launcher.plan import Plan, total_steps
 from launcher.rundir import RunDir
 from launcher.worker import spread, zero
 from launcher.worker.adapters import adapter_of, put_adapter, require_adapter, with_adapter
+from launcher.worker.attention import repeat_keys
 from launcher.worker.byshard import Weights, empty_model, is_empty, read_buffers, weights_of
 from launcher.worker.devices import stage_devices
 from launcher.worker.dtensors import rows_of_this_rank
@@ -72,6 +73,8 @@ def unplaced_model(plan: Plan, run: RunDir, prepared: Prepared, num_rows: int) -
         model = load_model(plan, folder, torch.device("cpu"), code=prepared.code)
     else:
         read_buffers(model, weights)
+    if prepared.code is None and not plan.cluster.has_flash(plan.dtype):
+        repeat_keys(model)
     model = _adapted(model, plan, num_rows)
     if checkpoint is not None and not full:
         require_adapter(model, adapter_of(checkpoint))
