@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, Sampler
 
 from launcher.plan.model import Batching
 from launcher.worker.data.tokens import IGNORED
+from launcher.worker.data.unlike import dealt_by_share
 
 Batch = dict[str, torch.Tensor]
 # Ranks get less even tokens where the slowest then has at most this share of the work.
@@ -128,10 +129,22 @@ class RankBatches(Sampler[list[int]]):
     Neither packs nor padded micro batches have a number of rows that is fixed: none has more tokens, padding and all, than `micro_batch`
     of the step's longest row. Packed rows go, the longest first, where least tokens are. Rows that are padded lie beside rows of
     like length: few long ones or many short ones, or as many in each where that leaves less for the slowest rank to do.
+
+    Args:
+        shares: of each rank's tokens in a step, where its card is faster or slower than others (`unlike`).
     """
 
-    def __init__(self, order: StepOrder, micro_batch: int, accumulation: int, rank: int, num_ranks: int) -> None:
+    def __init__(
+        self,
+        order: StepOrder,
+        micro_batch: int,
+        accumulation: int,
+        rank: int,
+        num_ranks: int,
+        shares: Sequence[float] = (),
+    ) -> None:
         self.order = order
+        self.shares = shares
         self.micro_batch = micro_batch
         self.accumulation = accumulation
         self.rank, self.num_ranks = rank, num_ranks
@@ -154,8 +167,10 @@ class RankBatches(Sampler[list[int]]):
             ]
         rows = sorted(step, key=lambda row: (-self.order.length(row), row))
         lengths = [self.order.length(row) for row in rows]
-        num = self.num_ranks * self.accumulation
-        if self.order.batching == "packed":
+        num, packed = self.num_ranks * self.accumulation, self.order.batching == "packed"
+        if self.shares:
+            dealt = dealt_by_share(lengths, self.shares, self.micro_batch, self.accumulation, packed)
+        elif packed:
             dealt = self._dealt(shared(lengths, num), lengths)
         else:
             dealt, cut = self._rounds(lengths), self._dealt(even_slots(lengths, num), lengths)
@@ -230,17 +245,22 @@ def shared(weights: Sequence[int], num: int, most: int | None = None) -> list[li
     return parts
 
 
-def collator(batching: str, pad_token_id: int, own_mask: bool = False) -> Callable[[list[dict[str, Any]]], Batch]:
+def collator(
+    batching: str, pad_token_id: int, own_mask: bool = False, flash: bool = False
+) -> Callable[[list[dict[str, Any]]], Batch]:
     """What makes a micro batch out of rows.
 
     `packed` puts the rows into one sequence of shape (1, tokens) with position ids that start again at every row and, on purpose,
     no attention mask: with a mask transformers would let the rows see each other. A model that makes its `own_mask` gets ids
-    and labels alone: what stands right of a row is seen by none of its tokens.
+    and labels alone: what stands right of a row is seen by none of its tokens. `flash` adds where rows begin and how long the
+    longest is, as flash attention wants to be told; to see it from the position ids it would wait for the card.
     """
     if batching == "packed":
         from transformers import DataCollatorWithFlattening
 
-        flatten: Callable[[list[dict[str, Any]]], Batch] = DataCollatorWithFlattening(return_position_ids=True)
+        flatten: Callable[[list[dict[str, Any]]], Batch] = DataCollatorWithFlattening(
+            return_position_ids=True, return_flash_attn_kwargs=flash
+        )
         return lambda rows: flatten([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows])
     if own_mask:
         return lambda rows: {
