@@ -2,8 +2,8 @@
 
 Pure: no file is read and no device is touched. The plan goes to RUN/plan.json as it is, and the workers read nothing else.
 `model` is what a plan is, `deciding` how it is made, `searching` what is fastest, `packing` whether rows are packed, `deepspeed`
-DeepSpeed's JSON of it, `remedies` what to type when it does not fit, `continuing` what of a checkpoint has to be the same, `chatting` where a
-trained model lies to talk to it.
+DeepSpeed's JSON of it, `remedies` what to type when it does not fit, `continuing` what of a checkpoint has to be the same, `chatting`
+where a trained model lies to talk to it.
 """
 
 from __future__ import annotations

@@ -154,6 +154,16 @@ class PlannedTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory,
         )
 
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Any:
+        """Supervised tokens of a step over all ranks. The Trainer's own copies them from memory that is not pinned, for which the host
+        would wait until the card has done all that it was asked for before."""
+        if not self.model_accepts_loss_kwargs:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        num = torch.stack([(batch["labels"][:, 1:] != IGNORED).sum() for batch in batch_samples]).sum()
+        num = num.pin_memory() if self.args.dataloader_pin_memory else num
+        num = num.to(device, non_blocking=True)
+        return self.accelerator.gather(num).sum() if self.args.world_size > 1 else num
+
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         """On the device; out of pinned memory nobody waits for the copy."""
         device = self.args.device
