@@ -175,10 +175,10 @@ def test_the_ranks_share_the_rows_of_every_step(batching, micro_batch, accumulat
 
 @pytest.mark.parametrize(
     ("batching", "micro_batch", "accumulation", "num_ranks"),
-    [("bucketed", 8, 1, 2), ("bucketed", 8, 5, 2), ("packed", 4, 4, 4), ("packed", 10, 4, 4)],
+    [("bucketed", 8, 1, 2), ("bucketed", 8, 5, 2), ("packed", 8, 1, 2), ("packed", 4, 4, 4), ("packed", 10, 4, 4)],
 )
 def test_all_ranks_of_a_step_have_the_same_number_of_tokens(batching, micro_batch, accumulation, num_ranks):
-    """Rows as in Alpaca: at most 2 % between the ranks of nine steps in ten, where taking them as they come has many times more."""
+    """Rows as in Alpaca: at most 2 % between the ranks of nine steps in ten, of all steps where packed; as they come they have many times more."""
     lengths = lengths_like_alpaca(4000)
 
     def spreads(batching):
@@ -189,7 +189,7 @@ def test_all_ranks_of_a_step_have_the_same_number_of_tokens(batching, micro_batc
             yield max(sums) / min(sums) - 1
 
     even, uneven = sorted(spreads(batching)), sorted(spreads("padded"))
-    assert even[int(0.9 * len(even))] < 0.02
+    assert even[-1 if batching == "packed" else int(0.9 * len(even))] < 0.02
     assert uneven[len(uneven) // 2] > 0.08
 
 

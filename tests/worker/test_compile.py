@@ -17,7 +17,12 @@ needs_a_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("
 @needs_a_compiler
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_compiled_layers_learn_the_same(job: Job, tmp_path: Path, checkpointing: str) -> None:
-    settings = ("adapter.dropout=0", "model.config.attention_dropout=0.0", "train.max_steps=5", "adapter.targets=[q_proj]")
+    settings = (
+        "adapter.dropout=0",
+        "model.config.attention_dropout=0.0",
+        "train.max_steps=5",
+        "adapter.targets=[q_proj]",
+    )
     settings += ("hardware=1xcpu", f"train.gradient_checkpointing={checkpointing}")
     assert job.start(*settings) == [0], job.logs()
     compiled = Job(job.server, job.recipe, tmp_path / "compiled")

@@ -7,6 +7,7 @@ every step as the uninterrupted run does.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -22,6 +23,8 @@ from launcher.worker.data.unlike import dealt_by_share
 Batch = dict[str, torch.Tensor]
 # Ranks get less even tokens where the slowest then has at most this share of the work.
 _WORTH_UNEVEN = 0.96
+# Packs of few rows are evened out until ranks differ by so little, or this often.
+_EVEN, _SWAPS = 0.005, 20
 
 
 class WholeSteps(Dataset[dict[str, Any]]):
@@ -171,7 +174,7 @@ class RankBatches(Sampler[list[int]]):
         if self.shares:
             dealt = dealt_by_share(lengths, self.shares, self.micro_batch, self.accumulation, packed)
         elif packed:
-            dealt = self._dealt(shared(lengths, num), lengths)
+            dealt = evened(self._dealt(shared(lengths, num), lengths), lengths, self.micro_batch * lengths[0])
         else:
             dealt, cut = self._rounds(lengths), self._dealt(even_slots(lengths, num), lengths)
             # As many rows in each gives the ranks tokens that are more even.
@@ -243,6 +246,34 @@ def shared(weights: Sequence[int], num: int, most: int | None = None) -> list[li
         if len(parts[place]) != most:
             heapq.heappush(open_, (total + weight, place))
     return parts
+
+
+def evened(dealt: list[list[list[int]]], lengths: Sequence[int], room: int) -> list[list[list[int]]]:
+    """The packs of all ranks, with rows of the rank that has most tokens exchanged for shorter ones of others, while that makes it less.
+
+    Args:
+        room: tokens that no pack may be more than.
+    """
+    for _ in range(_SWAPS):
+        totals = [sum(lengths[at] for pack in packs for at in pack) for packs in dealt]
+        most = totals.index(max(totals))
+        if totals[most] <= (1 + _EVEN) * min(totals):
+            break
+        best: tuple[int, list[int], int, list[int], int] | None = None
+        for other, packs in enumerate(dealt):
+            gap = totals[most] - totals[other]
+            for mine, theirs in itertools.product(dealt[most], packs):
+                free = min(gap - 1, room - sum(lengths[at] for at in theirs))
+                for one, two in itertools.product(range(len(mine)), range(len(theirs))):
+                    moved = lengths[mine[one]] - lengths[theirs[two]]
+                    higher = max(totals[most] - moved, totals[other] + moved)
+                    if 0 < moved <= free and higher < (best[0] if best else totals[most]):
+                        best = higher, mine, one, theirs, two
+        if best is None:
+            break
+        _, mine, one, theirs, two = best
+        mine[one], theirs[two] = theirs[two], mine[one]
+    return dealt
 
 
 def collator(
