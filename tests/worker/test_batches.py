@@ -178,7 +178,7 @@ def test_the_ranks_share_the_rows_of_every_step(batching, micro_batch, accumulat
     [("bucketed", 8, 1, 2), ("bucketed", 8, 5, 2), ("packed", 8, 1, 2), ("packed", 4, 4, 4), ("packed", 10, 4, 4)],
 )
 def test_all_ranks_of_a_step_have_the_same_number_of_tokens(batching, micro_batch, accumulation, num_ranks):
-    """Rows as in Alpaca: at most 2 % between the ranks of nine steps in ten, of all steps where packed; as they come they have many times more."""
+    """Rows as in Alpaca: at most 2 % between the ranks of nine steps in ten, of all where packed; as they come many times more."""
     lengths = lengths_like_alpaca(4000)
 
     def spreads(batching):
