@@ -10,8 +10,8 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
-from typing import Any
+from functools import cache, cached_property, partial
+from typing import Any, overload
 
 import torch
 from torch.utils.data import Dataset, Sampler
@@ -44,7 +44,7 @@ class WholeSteps(Dataset[dict[str, Any]]):
     def __getitem__(self, place: int) -> dict[str, Any]:
         return dict(self.rows[place]) if place < self.num_rows else self._nothing
 
-    def __getitems__(self, places: list[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, places: Sequence[int]) -> list[dict[str, Any]]:
         """What the data loader asks for instead of one after the other."""
         real = [place for place in places if place < self.num_rows]
         return self._read(real) + [self._nothing] * (len(places) - len(real))
@@ -126,7 +126,27 @@ class StepOrder:
         return sum(lengths) if self.batching == "packed" else max(lengths)
 
 
-class RankBatches(Sampler[list[int]]):
+class MicroBatch(Sequence[int]):
+    """The rows of a micro batch, found when somebody asks for them: a resumed run passes over thousands."""
+
+    def __init__(self, of_step: Callable[[], list[list[int]]], place: int) -> None:
+        self.of_step = of_step
+        self.place = place
+
+    def __len__(self) -> int:
+        return len(self.of_step()[self.place])
+
+    @overload
+    def __getitem__(self, at: int) -> int: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[int]: ...
+
+    def __getitem__(self, at: int | slice) -> int | list[int]:
+        return self.of_step()[self.place][at]
+
+
+class RankBatches(Sampler[Sequence[int]]):
     """The micro batches of one rank, `accumulation` a step, such that all ranks of a step have about the same number of tokens.
 
     Neither packs nor padded micro batches have a number of rows that is fixed: none has more tokens, padding and all, than `micro_batch`
@@ -155,9 +175,13 @@ class RankBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         return len(self.order) * self.accumulation
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Sequence[int]]:
         for step in self.order.steps():
-            yield from self.divided(step)[self.rank]
+            mine = cache(partial(self._mine, step))
+            yield from (MicroBatch(mine, place) for place in range(self.accumulation))
+
+    def _mine(self, step: Sequence[int]) -> list[list[int]]:
+        return self.divided(step)[self.rank]
 
     def divided(self, step: Sequence[int]) -> list[list[list[int]]]:
         """Of every rank the micro batches of a step."""
