@@ -88,7 +88,7 @@ def prepare_command(plan: Plan, run: RunDir, node_rank: int | None = None) -> No
     env = worker_environment(plan) | _sealed(plan, run) | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(_cores())}
     # Prepare is the one step that may download, and tokenising wants all cores; ranks may do neither.
     for name in ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM"):
-        del env[name]
+        env.pop(name, None)
     host = plan.cluster.nodes[node_rank or 0].host
     argv: tuple[str, ...] = (sys.executable, "-m", "launcher.worker.prepare", str(run.plan))
     if node_rank is not None:

@@ -17,6 +17,7 @@ from launcher.errors import DoesNotFitError, RecipeError
 from launcher.families import family
 from launcher.modelshape import shape_of
 from launcher.plan import Plan, budget_bytes, identity, make_plan, steps_per_epoch, total_steps
+from launcher.plan.model import window_steps
 from launcher.recipe import Recipe, load_recipe
 from launcher.shares import most_rows
 
@@ -665,3 +666,23 @@ def test_steps_are_counted_from_rows(train: dict[str, Any], num_rows: int, an_ep
     plan = planned("A800-80GB", train=train)
     assert steps_per_epoch(plan, num_rows) == an_epoch
     assert total_steps(plan, num_rows) == in_all
+
+
+def test_a_stream_has_windows_and_no_epochs() -> None:
+    data = {"streaming": True, "shuffle_rows": 100}
+    plan = planned("2xcpu", data=data, train={"max_steps": 250, "global_batch": 32})
+    assert window_steps(plan) == 3
+    assert (steps_per_epoch(plan, 96), total_steps(plan, 96)) == (25, 250), "evaluated and saved ten times"
+    other = planned("2xcpu", data={**data, "shuffle_rows": 200}, train={"max_steps": 250, "global_batch": 32})
+    assert identity(plan) != identity(other), "other windows are other steps"
+
+
+def test_what_is_compiled_is_neither_foreign_code_nor_under_deepspeed() -> None:
+    model = {"path": "THUDM/chatglm-6b", "trust_remote_code": True}
+    found = refused("A100-80GB", model=model, train={"compile": True})
+    assert found == {
+        "train.compile": "the code that comes with THUDM/chatglm-6b was not written for a compiler. Set train.compile=false"
+    }
+    plan = planned("8xA800-80GB", model={"path": SEVEN}, adapter={"type": "full"}, train={"compile": True})
+    assert plan.strategy == "fsdp"
+    assert {other.strategy for other in plan.alternatives} <= {"ddp", "fsdp"}

@@ -59,7 +59,8 @@ def show_plan(screen: Console, plan: Plan) -> None:
     line(
         screen,
         "data",
-        f"{as_typed(paths)} ({data.format}), at most {data.max_length:,} tokens, {data.overlong}, {plan.batching}",
+        f"{as_typed(paths)} ({data.format}), at most {data.max_length:,} tokens, {data.overlong}, {plan.batching}"
+        f"{', streamed' if data.streaming else ''}",
     )
     train = plan.recipe.train
     length = f"{train.max_steps:,} steps" if train.max_steps else f"{train.epochs:g} epochs"
