@@ -13,6 +13,7 @@
     remotecode/  the .py files of a model -> found, looked at, pinned, staged
     memory/      bytes of a device, in parts
     steptime     seconds of a step, in parts
+    shares       unlike cards -> the tokens of each
     pipeline     micro batches through stages -> seconds, waiting
     placement    layers -> unlike devices
     plan/        (Recipe, Cluster, ModelShape) -> Plan

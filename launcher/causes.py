@@ -11,6 +11,7 @@ from typing import Any
 
 from launcher.cluster import GIB
 from launcher.plan import Plan
+from launcher.shares import most_rows
 
 _OUT_OF_MEMORY = "OutOfMemoryError"
 _HOST_MEMORY = re.compile(
@@ -120,15 +121,18 @@ def killed(oom_kills: int | None, beat: dict[str, Any], plan: Plan) -> Reason:
 
 def _of_memory(error: dict[str, Any], plan: Plan) -> list[str]:
     """Planned and found, and the batch that did it."""
-    device = plan.cluster.devices[plan.device_of(int(error["rank"]))]
-    notes = [f"planned {_gib(plan.fullest_bytes)} of {_gib(device.memory_bytes)} on {device.name}"]
+    rank = int(error["rank"])
+    device = plan.cluster.devices[plan.device_of(rank)]
+    planned = plan.rank_bytes[rank] if plan.rank_bytes else plan.fullest_bytes
+    notes = [f"planned {_gib(planned)} of {_gib(device.memory_bytes)} on {device.name}"]
     taken = error.get("memory") or {}
     if "reserved" in taken:
         others = taken["total"] - taken["free"] - taken["reserved"]
         notes[0] += f"; this rank had {_gib(taken['reserved'])}, others {_gib(max(0, others))}"
     if error.get("batch"):
         rows, tokens = error["batch"]
-        most = plan.micro_batch * plan.recipe.data.max_length
+        most_of_all = most_rows(plan.shares, plan.micro_batch) if plan.shares else None
+        most = (most_of_all[rank] if most_of_all else plan.micro_batch) * plan.recipe.data.max_length
         notes.append(f"this batch had {rows} × {tokens:,} = {rows * tokens:,} tokens; the plan is for {most:,} at most")
     return notes
 

@@ -87,7 +87,7 @@ def _needed(plan: Plan) -> list[str]:
     named = [data.path, data.eval.path if data.eval else None]
     paths = [path for one in named if one for path in ([one] if isinstance(one, str) else one)]
     local = [model.path] if model.path is not None and Path(model.path).exists() else []
-    return [*paths, *local]
+    return [*(path for path in paths if "://" not in path), *local]
 
 
 def _packages(plan: Plan) -> list[str]:
@@ -134,20 +134,20 @@ def _compared(
             f"{one.name}: {path}", "is not there", "copy it there, to the same path, or share its folder"
         )
     if nodes.plan.kind == "cuda":
-        yield from _other_cards(
-            one, nodes.plan.memory.total_bytes, [Device.model_validate(device) for device in found["devices"]]
-        )
+        before = sum(len(node.devices) for node in nodes.plan.cluster.nodes[: one.rank])
+        needs = [nodes.plan.bytes_of(before + place) for place in range(len(one.node.devices))]
+        yield from _other_cards(one, needs, [Device.model_validate(device) for device in found["devices"]])
 
 
-def _other_cards(one: Connection, needed: int, there: list[Device]) -> Iterator[PreflightError]:
-    """Fewer cards, others, or fuller ones than planned; `needed` bytes on each."""
+def _other_cards(one: Connection, needs: list[int], there: list[Device]) -> Iterator[PreflightError]:
+    """Fewer cards, others, or fuller ones than planned; so many bytes are needed on each."""
     wanted = max(device.index for device in one.node.devices) + 1
     if len(there) < wanted:
         name = one.node.host
         to_type = f"write: {name} slots={len(there)}" if there else f"leave it out: --exclude {name}"
         yield PreflightError(one.name, f"has {len(there)} cards, slot {wanted - 1} is to be used", to_type)
         return
-    for planned in one.node.devices:
+    for planned, needed in zip(one.node.devices, needs, strict=True):
         if not same_card(planned, there[planned.index]):
             found = f"card {planned.index} is {there[planned.index].name}, planned is {planned.name}"
             yield PreflightError(one.name, found, "name what is there in `hardware`, or leave it out: --exclude")

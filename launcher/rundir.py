@@ -33,6 +33,8 @@ from launcher.errors import PreflightError, UsageError
 # The one thing that is said and not written: a node's command started with WAIT loads its libraries, and reads GO from its input when
 # the node is prepared.
 WAIT, GO = "--wait", b"go\n"
+# In a checkpoint: where a stream of rows is gone on with.
+STREAM_FILE = "stream.json"
 
 
 @dataclass(frozen=True)

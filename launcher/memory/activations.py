@@ -98,9 +98,11 @@ def _attention_bytes(request: MemoryRequest) -> int:
         return tokens * (q_size * 4 * (3 if request.masked else 1) + _scores(request) * 4)
     if _writes_scores(shape):
         return tokens * (4 * q_size * c + _scores(request) * (4 if c == 4 else 4 + c))
-    keys = 2 * (q_size if request.masked or not request.flash else kv_size) * c
+    keys = 2 * (q_size if request.masked or not request.shares_keys else kv_size) * c
     fused = (
-        (q_size + kv_size) * c if "self_attn.qkv_proj" in shape.linears and not request.masked and request.flash else 0
+        (q_size + kv_size) * c
+        if "self_attn.qkv_proj" in shape.linears and not request.masked and request.shares_keys
+        else 0
     )
     mask = tokens * _row(request) * c if request.masked else 0
     return tokens * (2 * q_size * c + keys + fused + 4 * shape.num_heads) + mask

@@ -1,8 +1,9 @@
 """(Recipe, Cluster, ModelShape) in, one frozen Plan out: everything that was `auto` decided, each decision with its reason.
 
 Pure: no file is read and no device is touched. The plan goes to RUN/plan.json as it is, and the workers read nothing else.
-`model` is what a plan is, `deciding` how it is made, `searching` what is fastest, `deepspeed` DeepSpeed's JSON of it, `remedies` what to
-type when it does not fit, `continuing` what of a checkpoint has to be the same, `chatting` where a trained model lies to talk to it.
+`model` is what a plan is, `deciding` how it is made, `searching` what is fastest, `packing` whether rows are packed, `deepspeed`
+DeepSpeed's JSON of it, `remedies` what to type when it does not fit, `continuing` what of a checkpoint has to be the same, `chatting`
+where a trained model lies to talk to it.
 """
 
 from __future__ import annotations

@@ -27,10 +27,11 @@ from launcher.plan.mapped import (
     why_micro_batches,
 )
 from launcher.plan.model import Batching, Decision, Dtype, Plan, Targets, budget_bytes
-from launcher.plan.searching import FREE_SHARE, Choice, Option, Question, alone, choose
+from launcher.plan.packing import attention_for, cheaper
+from launcher.plan.searching import FREE_SHARE, Choice, Option, Question, alone, choose, why_shares
 from launcher.recipe import Recipe
 from launcher.recipe.device_maps import DeviceMap
-from launcher.recipe.rules import unshardable
+from launcher.recipe.rules import uncompilable, unshardable
 
 # Larger micro batches bring no speed on these devices and make the heaviest batch heavier.
 _LARGEST_MICRO_BATCH = {"cuda": 64, "cpu": 8}
@@ -68,6 +69,7 @@ class Deciding:
         recipe = self.recipe
         self._check_template()
         self._check_quantization()
+        self._check_compile()
         self._native()
         fixes = self._fixes()
         self._template()
@@ -78,13 +80,11 @@ class Deciding:
         batching = self._batching()
         trained = 0 if self.problems else trainable_parameters(self.shape, recipe.adapter)
         question = Question(recipe, self.cluster, self.shape, self.dtype, batching, trained, self.device_map)
+        question = replace(question, attention=attention_for(question)[0])
         options = self._options(question, strategies)
         if self.problems:
             raise RecipeError(self.problems)
-        choice = choose(question, options)
-        if strategies == ["device_map"] and self.cluster.num_devices > 1:
-            by_themselves = alone(question, self._sizes(1))
-            choice = replace(choice, others=(*choice.others, *by_themselves))
+        question, choice = self._chosen(question, options, alone_too=strategies == ["device_map"])
         chosen = choice.chosen.option
         self._explain(question, choice)
         return Plan(
@@ -104,10 +104,13 @@ class Deciding:
             accumulation=recipe.train.global_batch // (question.num_replicas(chosen.strategy) * chosen.micro_batch),
             global_batch=recipe.train.global_batch,
             gradient_checkpointing=choice.chosen.gradient_checkpointing,
-            batching=batching,
+            batching=question.batching,
+            attention=question.attention if question.batching == "packed" else "sdpa",
             logits=question.logits(chosen.strategy),
             memory=choice.chosen.memory,
             time=choice.chosen.time,
+            shares=choice.chosen.shares,
+            rank_bytes=choice.chosen.rank_bytes,
             alternatives=choice.alternatives(),
             device_map=self.device_map,
             schedule=chosen.schedule,
@@ -116,6 +119,16 @@ class Deciding:
             decisions=tuple(self.decisions),
             fixes=fixes,
         )
+
+    def _chosen(self, question: Question, options: list[Option], alone_too: bool) -> tuple[Question, Choice]:
+        """The best of the options, and whether its rows are packed; `alone_too` prices each kind of device by itself beside it."""
+        choice = choose(question, options)
+        if alone_too and self.cluster.num_devices > 1:
+            choice = replace(choice, others=(*choice.others, *alone(question, self._sizes(1))))
+        if self.recipe.data.batching == "auto":
+            question, choice, decision = cheaper(question, choice)
+            self.decisions.append(decision)
+        return question, choice
 
     def _decide(self, key: str, value: str, because: str) -> None:
         self.decisions.append(Decision(key=key, value=value, because=because))
@@ -190,9 +203,10 @@ class Deciding:
         return [name for name in ("ddp", "fsdp", "zero2", "zero1", "zero3") if not self._forbidden(name)]
 
     def _forbidden(self, strategy: str) -> bool:
-        """Whether what the recipe trains cannot be sharded so."""
+        """Whether what the recipe trains cannot be sharded so, or not compiled."""
         asked = self.recipe.strategy.model_copy(update={"type": strategy})
-        return any(unshardable(self.recipe.model_copy(update={"strategy": asked})))
+        asked_so = self.recipe.model_copy(update={"strategy": asked})
+        return any(unshardable(asked_so)) or any(uncompilable(asked_so))
 
     def _dtype(self) -> Dtype:
         asked, on_cpu = self.recipe.model.dtype, self.cluster.kind == "cpu"
@@ -224,6 +238,13 @@ class Deciding:
         if recipe.adapter.type == "dora" and recipe.model.quantization == "int8" and self.cluster.kind == "cpu":
             found = "dora over an int8 base fails at its second step on a CPU. Set adapter.type=lora, or model.quantization=nf4"
             self._problem("adapter.type", found)
+
+    def _check_compile(self) -> None:
+        if self.recipe.train.compile and self.shape.remote_code:
+            found = (
+                f"the code that comes with {self.shape.name} was not written for a compiler. Set train.compile=false"
+            )
+            self._problem("train.compile", found)
 
     def _targets(self) -> Targets:
         adapter = self.recipe.adapter
@@ -267,11 +288,7 @@ class Deciding:
                 "Set data.batching=bucketed"
             )
             self._problem("data.batching", found)
-        if asked != "auto":
-            return asked
-        because = "rows of like length leave little padding, and a pack's mask grows with the square of its length"
-        self._decide("data.batching", "bucketed", because)
-        return "bucketed"
+        return asked if asked != "auto" else "bucketed"  # until the whole of it is priced
 
     def _options(self, question: Question, strategies: list[str]) -> list[Option]:
         """Every combination that the recipe leaves open."""
@@ -337,6 +354,8 @@ class Deciding:
             if option.schedule == "pipelined":
                 because = f"the fastest that fits: {why_micro_batches(question, choice.chosen, self._sizes(1))}"
             self._decide("train.micro_batch", str(option.micro_batch), because)
+        if choice.chosen.shares:
+            self.decisions.append(why_shares(question, choice.chosen))
         self._decide("logits", *_LOGITS[question.logits(option.strategy)])
         if recipe.train.gradient_checkpointing == "auto":
             value, because = "false", "everything fits without computing layers twice"

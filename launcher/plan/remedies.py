@@ -21,8 +21,9 @@ _SAME = 0.02
 def does_not_fit(plan: Plan) -> DoesNotFitError:
     """The error with its remedies, each of which was planned and fits."""
     devices, free = plan.cluster.devices, budget_bytes(plan.strategy, plan.cluster) / GIB
-    smallest = min(devices, key=lambda device: device.memory_bytes - device.reserved_bytes)
-    where = f"a device with {free:.1f} GiB free ({smallest.name})"
+    tightest = devices[plan.tightest]
+    room = (tightest.memory_bytes - tightest.reserved_bytes) / GIB
+    where = f"a device with {room:.1f} GiB free ({tightest.name})"
     if plan.strategy == "device_map":
         where = f"{len(devices)} devices with {free:.1f} GiB free together ({' + '.join(d.name for d in devices)})"
     parts = plan.memory.parts()

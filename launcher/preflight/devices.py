@@ -58,8 +58,8 @@ def _any_cards(plan: Plan, found: Cluster) -> Iterator[Finding]:
         to_type = f"use what is here: hardware=auto, or add --nproc {found.num_devices}"
         yield Finding("error", source, missing, to_type if found.kind == "cuda" else _OTHERWISE)
         return
-    for wanted, here in zip(plan.cluster.devices, found.devices, strict=False):
-        if (text := _too_full(here, plan.memory.total_bytes)) is not None:
+    for rank, (wanted, here) in enumerate(zip(plan.cluster.devices, found.devices, strict=False)):
+        if (text := _too_full(here, plan.bytes_of(rank))) is not None:
             yield Finding("error", source, text, f"{_END}, or plan for it: hardware=auto")
         elif not same_card(wanted, here):
             another = f"{here.name} is here instead of {wanted.name}"

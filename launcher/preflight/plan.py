@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def check(plan: Plan, run_dir: Path) -> list[Finding]:
         *_code(plan),
         *_code_versions(plan),
         *_packages(plan),
+        *_compiler(plan),
         *_host_memory(plan),
         *limits(plan.kind, len(plan.cluster.nodes[0].devices)),
         *room(plan, run_dir),
@@ -77,7 +79,9 @@ def _data(plan: Plan) -> Iterator[Finding]:
     named = [("data.path", data.path)] + ([("data.eval.path", data.eval.path)] if data.eval and data.eval.path else [])
     for key, paths in named:
         for path in [paths] if isinstance(paths, str) else paths:
-            if not os.path.exists(path):
+            if "://" in path:
+                yield Finding("ok", f"{key}: {path}", "is read while it trains")
+            elif not os.path.exists(path):
                 yield Finding(
                     "error",
                     f"{key}: {path}",
@@ -129,6 +133,25 @@ def _packages(plan: Plan) -> Iterator[Finding]:
                 "this recipe needs it and it is not installed",
                 f"pip install 'launch-trainer[{package}]'",
             )
+
+
+def _compiler(plan: Plan) -> Iterator[Finding]:
+    """What torch.compile makes kernels with: a C++ compiler on a CPU, Triton and a C compiler on cards."""
+    if not plan.recipe.train.compile:
+        return
+    on_cpu = plan.kind == "cpu"
+    named = os.environ.get("CXX" if on_cpu else "CC")
+    programs = [named] if named else ["g++", "clang++"] if on_cpu else ["gcc", "clang", "cc"]
+    found = next(filter(None, map(shutil.which, programs)), None)
+    if found is None:
+        without = "torch.compile needs a C++ compiler" if on_cpu else "torch.compile's Triton needs a C compiler"
+        to_type = "install one (apt-get install g++), or train.compile=false"
+        yield Finding("error", "train.compile: true", f"{without}, and there is no {' or '.join(programs)}", to_type)
+    elif not on_cpu and importlib.util.find_spec("triton") is None:
+        to_type = "pip install triton, or train.compile=false"
+        yield Finding("error", "train.compile: true", "torch.compile needs Triton, which is not installed", to_type)
+    else:
+        yield Finding("ok", "compiler", found)
 
 
 def _host_memory(plan: Plan) -> Iterator[Finding]:

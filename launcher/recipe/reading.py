@@ -140,6 +140,8 @@ def with_absolute_paths(recipe: Recipe, document: Document) -> Recipe:
         return Path.cwd() if prefixes & document.from_command_line else document.folder
 
     def absolute(value: str, key: str) -> str:
+        if "://" in value:
+            return value
         return os.path.normpath(base(key) / os.path.expanduser(value))
 
     def each(value: str | tuple[str, ...], key: str) -> str | tuple[str, ...]:

@@ -39,10 +39,14 @@ def batch(plan: Plan) -> str:
     ranks = f"{plan.num_processes} rank{'s' if plan.num_processes > 1 else ''} × accumulation {plan.accumulation}"
     if plan.pipeline is not None:
         ranks = f"{plan.accumulation} through {len(plan.stages)} stages"
-    each = f"on {plan.cluster.num_devices} devices" if plan.strategy == "device_map" else "a device"
+    each, room = f"on {plan.cluster.num_devices} devices", budget_bytes(plan.strategy, plan.cluster)
+    if plan.strategy != "device_map":
+        device = plan.cluster.devices[plan.tightest]
+        room = device.memory_bytes - device.reserved_bytes
+        each = f"on {device.name}" if plan.shares else "a device"
     return (
-        f"micro batch {plan.micro_batch} × {ranks} = {plan.global_batch} rows a step · "
-        f"{gib(plan.memory.total_bytes)} of {gib(budget_bytes(plan.strategy, plan.cluster))} GiB {each}"
+        f"micro batch {plan.micro_batch}{' on average' if plan.shares else ''} × {ranks} = {plan.global_batch} rows a step · "
+        f"{gib(plan.memory.total_bytes)} of {gib(room)} GiB {each}"
     )
 
 
@@ -55,11 +59,13 @@ def show_plan(screen: Console, plan: Plan) -> None:
     line(
         screen,
         "data",
-        f"{as_typed(paths)} ({data.format}), at most {data.max_length:,} tokens, {data.overlong}, {plan.batching}",
+        f"{as_typed(paths)} ({data.format}), at most {data.max_length:,} tokens, {data.overlong}, {plan.batching}"
+        f"{', streamed' if data.streaming else ''}",
     )
     train = plan.recipe.train
     length = f"{train.max_steps:,} steps" if train.max_steps else f"{train.epochs:g} epochs"
-    line(screen, "train", f"{length}, lr {train.lr:g} {train.schedule}, {train.optimizer}, seed {train.seed}")
+    how = f"lr {train.lr:g} {train.schedule}, {train.optimizer}, seed {train.seed}"
+    line(screen, "train", f"{length}, {how}{', compiled' if train.compile else ''}")
     if plan.deepspeed is not None:
         line(screen, "deepspeed", json.dumps(plan.deepspeed))
     show_stages(screen, plan)
@@ -186,7 +192,7 @@ def _memory_bar(plan: Plan) -> str:
     """The fullest device and where its bytes go; under a device map all devices together."""
     devices = plan.cluster.devices
     if plan.strategy != "device_map":
-        devices = (min(devices, key=lambda device: device.memory_bytes - device.reserved_bytes),)
+        devices = (devices[plan.tightest],)
     whole = sum(device.memory_bytes for device in devices)
     bar = _bar(plan.memory.total_bytes, sum(device.reserved_bytes for device in devices), whole)
     parts = "  ".join(f"{name} {gib(value)}" for name, value in plan.memory.parts().items() if value)

@@ -24,6 +24,7 @@ from launcher.remotecode import Staged
 from launcher.rundir import RunDir, cache_folder, read_json, write_json
 from launcher.worker.cache import hash_files, key_of, made, say
 from launcher.worker.data.rows import data_files, named
+from launcher.worker.data.source import described, stream_files
 from launcher.worker.modelfiles import WEIGHT_PATTERNS, find_model
 from launcher.worker.operators import compile_apart, is_compiled, operators
 from launcher.worker.prepared import DataReport, Prepared, write_prepared
@@ -68,11 +69,15 @@ def prepare(plan: Plan, run: RunDir) -> Prepared:
         PreflightError: a model that is not there.
     """
     recipe, cached = plan.recipe, []
-    files = data_files(recipe.data.path)
+    # What is streamed is too much to be read for a checksum.
+    streamed = [described(file) for file in stream_files(recipe.data)] if recipe.data.streaming else None
+    files = data_files(recipe.data.path) if streamed is None else []
     eval_path = recipe.data.eval.path if recipe.data.eval else None
     with named("data.eval.path"):
         eval_files = data_files(eval_path) if eval_path else []
     data_hash = hash_files([*files, *eval_files])
+    if streamed is not None:
+        data_hash = key_of("stream", data_hash, streamed, recipe.data.shuffle_rows)
 
     model = find_model(plan, run, data_hash, cached)
     model_dir, code = model.model_dir, model.code

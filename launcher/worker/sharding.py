@@ -104,7 +104,7 @@ def shard(model: Any, plan: Plan, device: torch.device) -> None:
     # and the adapter has to stay in fp32 (`_with_fp32_trained`): there autocast does what it does under DDP.
     halved = plan.recipe.adapter.type == "full" and plan.dtype != "fp32"
     policy = MixedPrecisionPolicy(param_dtype=DTYPES[plan.dtype] if halved else None, reduce_dtype=torch.float32)
-    for module in (*_layers(model), model):
+    for module in (*layers_of(model), model):
         for parameter in module.parameters():
             if is_empty(parameter):
                 # FSDP2 wants them in one piece, of which it copies this rank's rows. On a CPU pages that nobody has written to are no
@@ -113,7 +113,7 @@ def shard(model: Any, plan: Plan, device: torch.device) -> None:
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
-def _layers(model: Any) -> list[torch.nn.Module]:
+def layers_of(model: Any) -> list[torch.nn.Module]:
     """The blocks that are gathered one at a time: what transformers never splits, else the children of the longest list."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
@@ -121,6 +121,16 @@ def _layers(model: Any) -> list[torch.nn.Module]:
         return layers
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     return list(max(lists, key=len, default=()))
+
+
+def compile_layers(model: Any) -> None:
+    """Have torch compile each layer when it is first called.
+
+    In place, so that parameters keep their names and checkpointing, FSDP2's hooks and DDP stay around the layers. Sizes are symbols: micro
+    batches of another shape need no other kernels. All layers are one code, which is compiled once.
+    """
+    for layer in layers_of(model):
+        layer.compile(dynamic=True)
 
 
 def _fill(model: Any, weights: Weights) -> None:

@@ -13,11 +13,15 @@ from launcher.plan import Plan
 from launcher.remotecode import Staged
 from launcher.rundir import read_json, write_json
 from launcher.worker.data.encoding import Encoder, Progress
-from launcher.worker.data.rows import Message, named, read_conversations
+from launcher.worker.data.rows import BadRowError, Message, named, read_conversations, refuse_bad, to_conversation
+from launcher.worker.data.source import Place, Source
 from launcher.worker.data.tokens import IGNORED, Prompter, Tokens
 from launcher.worker.prepared import DataReport
 from launcher.worker.quiet import quiet_libraries
 from launcher.worker.staged import load_tokenizer
+
+# Rows of a stream that prepare looks at: a wrong column shows in the first of them, and their lengths are about those of all.
+_TRIED_OF_A_STREAM = 1000
 
 
 def tokenize(plan: Plan, tokenizer_dir: Path, into: Path, progress: Progress, code: Staged | None = None) -> None:
@@ -59,9 +63,9 @@ def tokenize(plan: Plan, tokenizer_dir: Path, into: Path, progress: Progress, co
 
 
 def conversations(plan: Plan) -> tuple[list[list[Message]], list[list[Message]], list[str]]:
-    """Training rows, evaluation rows and the lines about bad ones."""
+    """Training rows (of a stream the first ones, to try them), evaluation rows and the lines about bad ones."""
     data, evaluation = plan.recipe.data, plan.recipe.data.eval
-    rows, bad = read_conversations(data, data.path)
+    rows, bad = first_conversations(plan) if data.streaming else read_conversations(data, data.path)
     if evaluation is None:
         return rows, [], bad
     if evaluation.path is not None:
@@ -77,6 +81,28 @@ def conversations(plan: Plan) -> tuple[list[list[Message]], list[list[Message]],
         )
     kept = set(random.Random(plan.recipe.train.seed).sample(range(len(rows)), num))
     return [row for place, row in enumerate(rows) if place not in kept], [rows[place] for place in sorted(kept)], bad
+
+
+def first_conversations(plan: Plan) -> tuple[list[list[Message]], list[str]]:
+    """The first rows of a stream, and a line for each before them that is none.
+
+    Raises:
+        DataError: one is bad and `bad_rows` is `error`, or all are.
+    """
+    data = plan.recipe.data
+    rows: list[list[Message]] = []
+    bad: list[str] = []
+    for row, place in Source(data, plan.recipe.train.seed).rows(Place()):
+        if place.round or len(rows) + len(bad) == min(_TRIED_OF_A_STREAM, data.shuffle_rows):
+            break
+        try:
+            if row.problem is not None:
+                raise BadRowError(row.problem)
+            rows.append(to_conversation(row.value, data))
+        except BadRowError as error:
+            bad.append(f"{row.where}  {error}")
+    refuse_bad(data, data.path, rows, bad)
+    return rows, bad
 
 
 def _tokenizer(plan: Plan, folder: Path, code: Staged | None) -> Any:

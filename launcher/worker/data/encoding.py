@@ -52,8 +52,7 @@ class Encoder:
             self.done += 1
             if self.done % _ROWS_PER_PROGRESS == 0:
                 self.progress(self.done, self.total)
-            nothing_left = all(label == IGNORED for label in tokens.labels)
-            if tokens.cut and (self.data.overlong == "drop" or nothing_left):
+            if is_left_out(tokens, self.data):
                 self.dropped += 1
             else:
                 self.truncated += tokens.cut
@@ -76,6 +75,11 @@ class Encoder:
                     yield from part
         finally:
             _shared = None
+
+
+def is_left_out(tokens: Tokens, data: Data) -> bool:
+    """Whether a row is not learned from: too long where such rows are dropped, or cut so that nothing of its answer is left."""
+    return tokens.cut and (data.overlong == "drop" or all(label == IGNORED for label in tokens.labels))
 
 
 def _tokens_from(start: int) -> list[Tokens] | tuple[str, str, str]:

@@ -82,7 +82,6 @@ def read_conversations(data: Data, paths: str | Sequence[str]) -> tuple[list[lis
     """
     conversations: list[list[Message]] = []
     bad: list[str] = []
-    shown_paths = paths if isinstance(paths, str) else ", ".join(paths)
     for row in (row for file in data_files(paths) for row in read_rows(file)):
         try:
             if row.problem is not None:
@@ -92,6 +91,19 @@ def read_conversations(data: Data, paths: str | Sequence[str]) -> tuple[list[lis
             bad.append(f"{row.where}  {error}")
         if len(conversations) == data.max_rows:
             break
+    refuse_bad(data, paths, conversations, bad)
+    return conversations, bad
+
+
+def refuse_bad(
+    data: Data, paths: str | Sequence[str], conversations: Sequence[list[Message]], bad: Sequence[str]
+) -> None:
+    """Raise where rows are bad and `bad_rows` is `error` (names the first ones), or nothing is left.
+
+    Raises:
+        DataError: so it is.
+    """
+    shown_paths = paths if isinstance(paths, str) else ", ".join(paths)
     if bad and data.bad_rows == "error":
         shown = "\n".join(f"    {line}" for line in bad[:_MANY])
         more = f"\n    … and {len(bad) - _MANY:,} more" if len(bad) > _MANY else ""
@@ -103,7 +115,6 @@ def read_conversations(data: Data, paths: str | Sequence[str]) -> tuple[list[lis
     if not conversations:
         found = f"none of its {len(bad):,} rows can be used; the first: {bad[0]}" if bad else "holds no rows"
         raise DataError(f"data.path: {shown_paths}", found, "check data.path and data.format")
-    return conversations, bad
 
 
 def read_rows(file: Path) -> Iterator[RawRow]:

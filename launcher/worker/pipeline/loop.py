@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerState
 
-from launcher.plan import Plan, steps_per_epoch
+from launcher.plan import Plan
 from launcher.rundir import RunDir
 from launcher.worker import checkpoint
 from launcher.worker.headloss import LossAtLabels
@@ -91,7 +91,7 @@ class PipelinedTrainer(PlannedTrainer):
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         if self.args.eval_on_start:
             self.evaluate()
-        per_epoch, global_batch = steps_per_epoch(self.plan, len(self.train_rows)), self.plan.global_batch
+        per_epoch, global_batch = len(self.order), self.plan.global_batch
         while not self.control.should_training_stop:
             epoch, place = divmod(self.state.global_step, per_epoch)
             if place == 0 or self._steps is None:
