@@ -14,13 +14,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_LIBRARIES = {"CPUAdamBuilder": "cpu_adam"}
+ADAM, DISK = "CPUAdamBuilder", "AsyncIOBuilder"
+_LIBRARIES = {ADAM: "cpu_adam", DISK: "async_io"}
 
 
 def operators(config: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the builders that DeepSpeed will ask for: Adam on the host where the optimizer's state lies there."""
+    """Names of the builders that DeepSpeed will ask for: Adam on the host where the optimizer's state does not lie on the device, and what
+    reads and writes a disk where something lies on one."""
     device = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    return ("CPUAdamBuilder",) if device != "none" else ()
+    return {"none": (), "nvme": (ADAM, DISK)}.get(device, (ADAM,))
 
 
 def is_compiled(name: str, folder: Path) -> bool:

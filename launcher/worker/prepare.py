@@ -25,7 +25,7 @@ from launcher.rundir import RunDir, cache_folder, read_json, write_json
 from launcher.worker.cache import hash_files, key_of, made, say
 from launcher.worker.data.rows import data_files, named
 from launcher.worker.modelfiles import WEIGHT_PATTERNS, find_model
-from launcher.worker.operators import compile_apart, is_compiled, operators
+from launcher.worker.operators import DISK, compile_apart, is_compiled, operators
 from launcher.worker.prepared import DataReport, Prepared, write_prepared
 from launcher.worker.pulse import die_with_parent
 
@@ -137,10 +137,13 @@ def _compile(plan: Plan) -> None:
         if exit_code:
             print(output, file=sys.stderr)
             lines = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines()[-1:]
+            needed, instead = "a C++ compiler and ninja (pip install ninja)", "strategy.offload=none"
+            if name == DISK:
+                needed, instead = f"libaio (apt-get install libaio-dev), {needed}", "strategy.nvme_path=null"
             raise PreflightError(
                 f"DeepSpeed's {name}",
                 f"does not compile: {lines[0].strip() if lines else 'no word why'}",
-                "install a C++ compiler and ninja (pip install ninja), or set strategy.offload=none",
+                f"install {needed}, or set {instead}",
             )
         say(event="prepare", what="deepspeed", state=f"{name} is compiled")
 

@@ -16,6 +16,8 @@ from launcher.worker import operators
 def test_only_what_a_json_offloads_is_compiled() -> None:
     assert operators.operators({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}}) == ()
     assert operators.operators({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}) == ("CPUAdamBuilder",)
+    disk = {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}
+    assert operators.operators(disk) == ("CPUAdamBuilder", "AsyncIOBuilder")
 
 
 def test_a_lock_of_somebody_who_was_killed_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
