@@ -9,6 +9,7 @@ Prints one JSON object a line: progress, or the error that ended it.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import signal
@@ -132,8 +133,8 @@ def _compile(plan: Plan) -> None:
         if is_compiled(name, Path(variables["TORCH_EXTENSIONS_DIR"])):
             say(event="prepare", what="deepspeed", state="cached")
             continue
-        say(event="prepare", what="deepspeed", state=f"compiling {name}, which takes a minute or two")
-        exit_code, output = compile_apart(name, {**os.environ, **variables})
+        say(event="prepare", what="deepspeed", state=f"compiling {name}, once, which takes minutes")
+        exit_code, output = compile_apart(name, {**os.environ, **variables}, functools.partial(_compiling, name))
         if exit_code:
             print(output, file=sys.stderr)
             lines = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines()[-1:]
@@ -146,6 +147,10 @@ def _compile(plan: Plan) -> None:
                 f"install {needed}, or set {instead}",
             )
         say(event="prepare", what="deepspeed", state=f"{name} is compiled")
+
+
+def _compiling(name: str, done: int, total: int) -> None:
+    say(event="prepare", what="deepspeed", state=f"compiling {name}", done=done, total=total)
 
 
 def _try_cut(plan: Plan, model_dir: Path) -> None:
