@@ -80,8 +80,8 @@ def main() -> None:
     rows = [(strategy, *(Measured(**each) for each in kept[strategy])) for strategy in there]
     page.section(
         "Seconds of the main thread in a save",
-        "In the background it copies what belongs to the checkpoint, of sharded weights its own share. Median of the saves but the last; the "
-        "first one takes longer, because the system hands out the memory for the copies, which is kept.",
+        "In the background it copies what belongs to the checkpoint, of sharded weights its own share. Median of the saves but the last. "
+        "The first one takes longer: the system hands out the memory for the copies, which is kept.",
     )
     page.table(
         [
