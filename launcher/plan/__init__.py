@@ -15,7 +15,7 @@ from launcher.modelshape import ModelShape
 from launcher.plan.chatting import CONTEXT_TOKENS, ChatPlan, chat_plan
 from launcher.plan.continuing import checkpoint_bytes, identity, other_world, what_changed
 from launcher.plan.deciding import Deciding
-from launcher.plan.deepspeed import deepspeed_json, read_given
+from launcher.plan.deepspeed import deepspeed_json, read_given, swap_buffers_bytes
 from launcher.plan.model import (
     DTYPE_BYTES,
     Alternative,
@@ -54,6 +54,7 @@ __all__ = [
     "read_given",
     "read_plan",
     "steps_per_epoch",
+    "swap_buffers_bytes",
     "time_of_rows",
     "total_steps",
     "what_changed",

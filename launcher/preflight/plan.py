@@ -18,7 +18,7 @@ from launcher.command import by_agents
 from launcher.families import family
 from launcher.memory import CPU_CONTEXT_BYTES
 from launcher.modelshape.files import cached_snapshot, stored_dtypes
-from launcher.plan import DTYPE_BYTES, Plan, checkpoint_bytes
+from launcher.plan import DTYPE_BYTES, Plan, checkpoint_bytes, swap_buffers_bytes
 from launcher.preflight.beginning import beginning
 from launcher.preflight.devices import devices
 from launcher.preflight.disk import room
@@ -201,7 +201,10 @@ def _weights_folder_dtypes(plan: Plan) -> set[str]:
 
 
 def _offloaded_bytes(plan: Plan) -> int:
-    """ZeRO-Offload keeps two fp32 values, an fp32 copy and a gradient a trained parameter, and the weights if asked to."""
+    """ZeRO-Offload keeps two fp32 values, an fp32 copy and a gradient a trained parameter, and the weights if asked to; with a disk for
+    them what is on its way there."""
+    if plan.recipe.strategy.nvme_path is not None:
+        return swap_buffers_bytes(plan)
     offload = plan.recipe.strategy.offload
     weights = plan.shape.num_parameters * DTYPE_BYTES[plan.weights_dtype] if offload == "parameters" else 0
     return 0 if offload == "none" else weights + 16 * plan.trainable_parameters

@@ -161,8 +161,9 @@ def with_absolute_paths(recipe: Recipe, document: Document) -> Recipe:
     data = data.model_copy(update={"path": each(data.path, "data.path"), "eval": evaluation})
     if launch.run_dir is not None:
         launch = launch.model_copy(update={"run_dir": absolute(launch.run_dir, "launch.run_dir")})
-    if strategy.deepspeed is not None:
-        strategy = strategy.model_copy(update={"deepspeed": absolute(strategy.deepspeed, "strategy.deepspeed")})
+    for name in ("deepspeed", "nvme_path"):
+        if (value := getattr(strategy, name)) is not None:
+            strategy = strategy.model_copy(update={name: absolute(value, f"strategy.{name}")})
     sections = {"model": model, "data": data, "launch": launch, "strategy": strategy, "checkpoint": checkpoint}
     return recipe.model_copy(update=sections)
 

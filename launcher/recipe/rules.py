@@ -115,6 +115,16 @@ def _strategy(recipe: Recipe) -> Iterator[Problem]:
             "strategy.offload",
             f"{strategy.type} does not shard parameters. Set strategy.type=zero3, or offload=optimizer",
         )
+    if strategy.nvme_path is not None and strategy.offload == "none":
+        yield Problem(
+            "strategy.nvme_path",
+            "offload=none keeps nothing there. Set strategy.offload=optimizer or parameters, or remove it",
+        )
+    elif strategy.nvme_path is not None and strategy.type in ("zero1", "zero2"):
+        yield Problem(
+            "strategy.nvme_path",
+            f"under {strategy.type} DeepSpeed keeps what is offloaded in host memory. Set strategy.type=zero3, or remove it",
+        )
     if strategy.deepspeed is not None and not strategy.type.startswith("zero"):
         yield Problem(
             "strategy.deepspeed",

@@ -172,6 +172,10 @@ class Strategy(Section):
     offload: Literal["none", "optimizer", "parameters"] = Field(
         "none", description="ZeRO: what is kept in host memory instead of on the device."
     )
+    nvme_path: str | None = Field(
+        None,
+        description="zero3: a folder on a fast disk of each node, where what is offloaded lies instead of in host memory.",
+    )
     deepspeed: str | None = Field(
         None,
         description="ZeRO: a JSON file of your own with what no recipe key sets; null is made from the recipe alone.",

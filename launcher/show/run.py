@@ -94,8 +94,10 @@ class RunScreen:
             line(self.screen, "" if place else "nodes", f"{cells}   {same}   {clock}")
 
     def _prepare(self, event: dict[str, Any]) -> None:
+        if event["what"] == "deepspeed" and "total" not in event and event["state"] != "cached":
+            line(self.screen, "deepspeed", event["state"])
         if event.get("total") and self.screen.is_terminal:
-            unit = "weight files" if event["what"] == "native" else "rows"
+            unit = {"native": "weight files", "deepspeed": "files"}.get(event["what"], "rows")
             counted = f"{event['state']} {event['done']:,} of {event['total']:,} {unit}"
             self.screen.print(f"{'':<{LABEL}} {counted}", end="\r")
 

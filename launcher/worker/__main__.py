@@ -19,7 +19,7 @@ from typing import Any
 from launcher.errors import PreflightError
 from launcher.plan import Plan
 from launcher.rundir import STREAM_FILE, WAIT, RunDir, append_event, read_json
-from launcher.worker import signals
+from launcher.worker import nvme, signals
 from launcher.worker.prepared import Prepared, read_prepared
 from launcher.worker.pulse import Pulse, die_with_parent, log_to, own_node, wait_for_go
 
@@ -44,7 +44,8 @@ def main(plan_path: str, parent: int | None = None) -> int:
     plan = Plan.model_validate_json(run.plan.read_text(encoding="utf-8"))
     device_name = _device_name(plan, pulse.rank)
     try:
-        train(plan, run, pulse)
+        with nvme.own_folder(plan, pulse.rank, pulse.local_rank):
+            train(plan, run, pulse)
     except Exception as error:  # noqa: BLE001 - everything ends here: it is written down, reported first and turned into an exit code
         traceback.print_exc()
         return pulse.failed(error, device_name)

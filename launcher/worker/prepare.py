@@ -9,6 +9,7 @@ Prints one JSON object a line: progress, or the error that ended it.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import signal
@@ -26,7 +27,7 @@ from launcher.worker.cache import hash_files, key_of, made, say
 from launcher.worker.data.rows import data_files, named
 from launcher.worker.data.source import described, stream_files
 from launcher.worker.modelfiles import WEIGHT_PATTERNS, find_model
-from launcher.worker.operators import compile_apart, is_compiled, operators
+from launcher.worker.operators import DISK, compile_apart, is_compiled, operators
 from launcher.worker.prepared import DataReport, Prepared, write_prepared
 from launcher.worker.pulse import die_with_parent
 
@@ -137,17 +138,24 @@ def _compile(plan: Plan) -> None:
         if is_compiled(name, Path(variables["TORCH_EXTENSIONS_DIR"])):
             say(event="prepare", what="deepspeed", state="cached")
             continue
-        say(event="prepare", what="deepspeed", state=f"compiling {name}, which takes a minute or two")
-        exit_code, output = compile_apart(name, {**os.environ, **variables})
+        say(event="prepare", what="deepspeed", state=f"compiling {name}, once, which takes minutes")
+        exit_code, output = compile_apart(name, {**os.environ, **variables}, functools.partial(_compiling, name))
         if exit_code:
             print(output, file=sys.stderr)
             lines = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines()[-1:]
+            needed, instead = "a C++ compiler and ninja (pip install ninja)", "strategy.offload=none"
+            if name == DISK:
+                needed, instead = f"libaio (apt-get install libaio-dev), {needed}", "strategy.nvme_path=null"
             raise PreflightError(
                 f"DeepSpeed's {name}",
                 f"does not compile: {lines[0].strip() if lines else 'no word why'}",
-                "install a C++ compiler and ninja (pip install ninja), or set strategy.offload=none",
+                f"install {needed}, or set {instead}",
             )
         say(event="prepare", what="deepspeed", state=f"{name} is compiled")
+
+
+def _compiling(name: str, done: int, total: int) -> None:
+    say(event="prepare", what="deepspeed", state=f"compiling {name}", done=done, total=total)
 
 
 def _try_cut(plan: Plan, model_dir: Path) -> None:

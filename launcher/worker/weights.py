@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from launcher.plan import Plan
-from launcher.worker import zero
+from launcher.worker import shares, zero
 from launcher.worker.byshard import ADAPTER_FILE
 from launcher.worker.checkpoint import Staging
 
@@ -35,8 +35,11 @@ def write_weights(folder: Staging, model: Any, plan: Plan) -> None:
     state = dict(model.named_parameters()) if is_sharded else _as_published(model)
     sizes = {name: zero.numel(tensor) * tensor.element_size() for name, tensor in state.items()}
     files = files_of(sizes, plan.recipe.checkpoint.max_shard_size)
-    mine = {name for file in _my_files(files) for name in files[file]}
-    _write_full(folder, files, gathered(model, mine.__contains__) if is_sharded else iter(state.items()))
+    if is_sharded and folder.copies is not None and shares.can_be_copied(model):
+        shares.put_off(folder, files, model)
+    else:
+        mine = {name for file in _my_files(files) for name in files[file]}
+        _write_full(folder, files, gathered(model, mine.__contains__) if is_sharded else iter(state.items()))
     if _rank() == 0:
         write_model_files(folder, model, weight_map_of(files), sum(sizes.values()))
 

@@ -27,7 +27,7 @@ data.template data.system data.max_length data.overlong data.max_rows data.strea
 data.eval data.eval.fraction data.eval.rows data.eval.path data.questions data.batching
 adapter adapter.type adapter.r adapter.alpha adapter.dropout adapter.targets adapter.modules_to_save
 adapter.init_r adapter.orth_reg_weight
-strategy strategy.type strategy.offload strategy.deepspeed strategy.device_map strategy.schedule
+strategy strategy.type strategy.offload strategy.nvme_path strategy.deepspeed strategy.device_map strategy.schedule
 strategy.pipeline
 train train.epochs train.max_steps train.lr train.schedule train.warmup train.optimizer train.weight_decay
 train.max_grad_norm train.micro_batch train.global_batch train.gradient_checkpointing train.compile train.seed

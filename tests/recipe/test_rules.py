@@ -170,6 +170,21 @@ RULES: list[tuple[Sections, str, str, Sections]] = [
     ),
     *(
         (
+            {"strategy": {"type": name, "offload": "optimizer", "nvme_path": "/fast"}},
+            "strategy.nvme_path",
+            f"under {name} DeepSpeed keeps what is offloaded in host memory. Set strategy.type=zero3, or remove it",
+            {"strategy": {"type": "zero3", "offload": "optimizer", "nvme_path": "/fast"}},
+        )
+        for name in ("zero1", "zero2")
+    ),
+    (
+        {"strategy": {"type": "zero3", "nvme_path": "/fast"}},
+        "strategy.nvme_path",
+        "offload=none keeps nothing there. Set strategy.offload=optimizer or parameters, or remove it",
+        {"strategy": {"type": "zero3", "offload": "parameters", "nvme_path": "/fast"}},
+    ),
+    *(
+        (
             {"strategy": {"type": name, "offload": "parameters"}},
             "strategy.offload",
             f"{name} does not shard parameters. Set strategy.type=zero3, or offload=optimizer",

@@ -163,9 +163,14 @@ class TensorFile:
 
 
 class Copies:
-    """Host memory for the copies of a checkpoint, kept for the next one: the system takes longer to hand it out than a copy takes."""
+    """Host memory for the copies of a checkpoint, kept for the next one: the system takes longer to hand it out than a copy takes.
 
-    def __init__(self) -> None:
+    Args:
+        group: the ranks' way to meet, over their CPUs, while the copies are written; None for one rank.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
         self._kept: dict[str, torch.Tensor] = {}
 
     def of(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -227,6 +232,10 @@ class Staging(os.PathLike[str]):
             shutil.rmtree(aside, ignore_errors=True)
         for name, data in content.items():
             self._do(name, lambda name=name, data=data: write_bytes(self.path / name, data))
+
+    def put_off(self, job: Callable[[], None]) -> None:
+        """Have something done by `write`, in every case: other ranks may take part in it."""
+        self._jobs.append(job)
 
     def write(self) -> None:
         """Do what was put off."""

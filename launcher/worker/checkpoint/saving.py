@@ -66,10 +66,10 @@ class Saver:
         self.plan = plan
         self.join = join
         later = plan.recipe.checkpoint.async_
-        self._copies = Copies() if later else None
         # A day: whoever has written waits in another thread for whoever has not, and a dead rank is noticed by training.
         wait = timedelta(days=1)
         self._group = dist.new_group(backend="gloo", timeout=wait) if later and dist.is_initialized() else None
+        self._copies = Copies(self._group) if later else None
         self._thread = ThreadPoolExecutor(1, "save")
         self._pending: Future[Path] | None = None
 
