@@ -63,6 +63,11 @@ class Cluster(Frozen):
         """All devices, node by node."""
         return tuple(device for node in self.nodes for device in node.devices)
 
+    def ranks_of(self, node: int) -> range:
+        """The ranks of one of several nodes, on which each device has one."""
+        first = sum(len(each.devices) for each in self.nodes[:node])
+        return range(first, first + len(self.nodes[node].devices))
+
     @property
     def kind(self) -> Literal["cuda", "cpu"]:
         """What computes: a cluster never mixes cards and CPU ranks."""

@@ -184,11 +184,14 @@ class Staging(os.PathLike[str]):
 
     Args:
         copies: where tensors are kept until `write` is called, perhaps by another thread; without it everything is written at once.
+        share: this rank's place among those who share the writing of what all of them have, and how many these are. None for a rank
+            that does not see the launcher's run directory: it writes what it alone has, beside its copy, and rank 0 takes that over.
     """
 
-    def __init__(self, path: Path, copies: Copies | None = None) -> None:
+    def __init__(self, path: Path, copies: Copies | None = None, share: tuple[int, int] | None = (0, 1)) -> None:
         self.path = path
         self.copies = copies
+        self.share = share
         self.files: dict[str, FileEntry] = {}
         self.error: Exception | None = None
         self._jobs: list[Callable[[], None]] = []
@@ -227,6 +230,10 @@ class Staging(os.PathLike[str]):
             shutil.rmtree(aside, ignore_errors=True)
         for name, data in content.items():
             self._do(name, lambda name=name, data=data: write_bytes(self.path / name, data))
+
+    def content(self) -> dict[str, bytes]:
+        """The bytes of what this rank has written."""
+        return {name: (self.path / name).read_bytes() for name in self.files}
 
     def write(self) -> None:
         """Do what was put off."""
