@@ -81,7 +81,7 @@ class Connection:
         run: the launcher's directory of the run, to which a node without it brings back what its ranks write.
         said: what it has said and nobody has looked at yet, by event.
         code: exit code of the node's command, once it has ended; `ended`: when it did, or was lost.
-        lost: why the connection is no more; empty while it is.
+        lost: why the connection is no more; empty while it is. lost_at: when that was noticed, seconds since the epoch.
     """
 
     node: Node
@@ -93,6 +93,7 @@ class Connection:
     code: int | None = None
     ended: float = 0.0
     lost: str = ""
+    lost_at: float = 0.0
     started: bool = False
     heard: float = field(default_factory=time.monotonic)
     _told: float = 0.0
@@ -156,7 +157,7 @@ class Connection:
             self.code, self.ended = message["code"], time.monotonic()
 
     def _lose(self, why: str) -> None:
-        self.lost, self.ended = why, self.ended or time.monotonic()
+        self.lost, self.lost_at, self.ended = why, time.time(), self.ended or time.monotonic()
 
 
 def _message(line: bytes | str) -> dict[str, Any]:
@@ -325,7 +326,7 @@ class SeveralNodes:
         """Write down which nodes are gone; `report` finds it there."""
         for one in self.connections:
             if one.lost and one.code is None and not self.run.node_error(one.rank).exists():
-                told = {"lost": one.lost, "host": one.node.host, "where": one.node.where, "time": time.time()}
+                told = {"lost": one.lost, "host": one.node.host, "where": one.node.where, "time": one.lost_at}
                 with contextlib.suppress(OSError):
                     write_json(self.run.node_error(one.rank), told)
 

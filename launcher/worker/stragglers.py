@@ -4,7 +4,7 @@ Ranks of a step are as slow as the slowest, so their times say nothing. Own work
 last step to the next micro batch (rows are read), and then
 
 - ddp, zero1, zero2: from the model's forward pass to the gradient that the backward pass reaches last;
-- fsdp, zero3: the forward passes of what is gathered at a time, a layer or a single module, which begin when its weights are there;
+- fsdp, zero3: the forward pass, less the time in which a layer or module waits until its weights are gathered;
 - a pipeline: the forward passes of the stage, which begin when its input is there. Stages do unlike work, so each is held against
   its own first steps.
 
@@ -23,6 +23,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from launcher.plan import Plan
+from launcher.worker.weights import PARAMETERS_SHARDED
 
 _BEHIND = 0.15
 _LEAST_SECONDS = 0.005  # a step; less is noise
@@ -42,7 +43,9 @@ class OwnTime:
         self.measures = plan.num_processes > 1 and model is not None
         self.on_card = device.type != "cpu"
         self._spans: list[tuple[Any, Any]] = []
+        self._waited: list[tuple[Any, Any]] = []
         self._start: Any = None
+        self._waits_since: Any = None
         self._steps, self._seconds = 0, 0.0
         self._is_hooked = False
         self.mark()
@@ -62,14 +65,15 @@ class OwnTime:
 
     def _hook(self) -> None:
         assert self.model is not None
-        parts = list(_parts(self.plan, self.model))
-        for part in parts:
-            part.register_forward_pre_hook(self._begins)
-            part.register_forward_hook(self._ends)
-        if not parts:
+        self.model.register_forward_pre_hook(self._begins)
+        if self.plan.pipeline is not None or self.plan.strategy in PARAMETERS_SHARDED:
+            self.model.register_forward_hook(self._ends)
+        else:
             first = next(parameter for parameter in self.model.parameters() if parameter.requires_grad)
-            self.model.register_forward_pre_hook(self._begins)
             first.register_post_accumulate_grad_hook(self._ends)
+        for part in _gathered(self.plan, self.model):
+            part.register_forward_pre_hook(self._waits, prepend=True)
+            part.register_forward_pre_hook(self._goes_on)
 
     def end_step(self) -> None:
         """A step is done, on all ranks."""
@@ -78,9 +82,10 @@ class OwnTime:
 
     def read(self) -> float:
         """Seconds of a step since the last reading, on average."""
-        spans = sum(self._elapsed(start, stop) for start, stop in self._spans)
+        spans = sum(self._elapsed(*span) for span in self._spans) - sum(self._elapsed(*wait) for wait in self._waited)
         seconds = (self._seconds + spans) / max(1, self._steps)
         self._spans.clear()
+        self._waited.clear()
         self._steps, self._seconds = 0, 0.0
         return seconds if self.measures else 0.0
 
@@ -92,6 +97,15 @@ class OwnTime:
         if self._start is not None:
             self._spans.append((self._start, self._now()))
             self._start = None
+
+    def _waits(self, *_: Any) -> None:
+        if self._start is not None:  # not while layers are computed again
+            self._waits_since = self._now()
+
+    def _goes_on(self, *_: Any) -> None:
+        if self._waits_since is not None:
+            self._waited.append((self._waits_since, self._now()))
+            self._waits_since = None
 
     def _now(self) -> Any:
         if not self.on_card:
@@ -107,11 +121,9 @@ class OwnTime:
         return float(start.elapsed_time(stop)) / 1000
 
 
-def _parts(plan: Plan, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The modules within whose forward pass nobody waits for another rank; none where that is so of the whole model."""
-    if plan.pipeline is not None:
-        yield model
-    elif plan.strategy == "fsdp":
+def _gathered(plan: Plan, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The modules that wait for their weights before their forward pass; the whole model begins when its own are there."""
+    if plan.strategy == "fsdp":
         yield from (module for module in model.modules() if isinstance(module, FSDPModule) and module is not model)
     elif plan.strategy == "zero3":
         yield from (module for module in model.modules() if module._parameters and not module._modules)

@@ -103,7 +103,12 @@ def trains(run: Path) -> bool:
     return any(event["event"] == "log" for event in read_events(RunDir(run))[0])
 
 
-def test_a_killed_launcher_leaves_nothing_on_any_node(head: Head) -> None:
+@pytest.mark.parametrize(
+    "shared", [True, pytest.param(False, marks=pytest.mark.cluster)], ids=["shared disk", "own disks"]
+)
+def test_a_killed_launcher_leaves_nothing_on_any_node(head: Head, shared: bool) -> None:
+    if not shared:
+        head.without_shared_disk()
     run = head.folder / "a run"
     process = head.launch("--run-dir", "a run", *LONG)
     head.wait_for(process, lambda: trains(run))
@@ -149,12 +154,13 @@ def test_a_host_whose_cable_is_pulled_out_ends_by_itself_and_is_named(head: Head
     run = head.folder / "run"
     process = head.launch("--run-dir", "run", *LONG)
     head.wait_for(process, lambda: trains(run))
-    pulled = time.monotonic()
+    pulled = time.time()
 
     head.hosts[1].unplug()
 
     assert process.wait(45) == 255, head.said
-    assert time.monotonic() - pulled < 40
+    assert time.time() - pulled < 30
+    assert report_of(run)["failure"]["time"] - pulled < 20.5, "found within the limit"
     assert "the connection to node-b is lost: " in head.said
     assert not head.left(15)
 
