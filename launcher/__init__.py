@@ -23,7 +23,10 @@
     causes       what ended a rank -> words and what to type
     report       files of a run -> who failed first, and why
     story        files of a run -> its numbers, report.json
+    mirror       a node without the run directory -> its copy, and what comes back
     agent        on every node of several: looks around, starts, ends
+    connecting   a node -> what starts its agent, by ssh or srun
+    sending      what a node without the run directory is sent
     nodes        the nodes of a run: started, followed, ended
     handshake    several nodes: each as this one? where do they meet?
     stacks       where the ranks of this machine are

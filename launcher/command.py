@@ -12,10 +12,9 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from launcher.cluster import Device, is_here
+from launcher.cluster import Device, is_here, version_of
 from launcher.plan import Plan
 from launcher.processes import NodeCommand
 from launcher.rundir import RunDir, cache_folder
@@ -111,11 +110,11 @@ def worker_environment(plan: Plan, node_rank: int = 0) -> dict[str, str]:
     if any(path.startswith("hf://") for path in ([paths] if isinstance(paths, str) else paths)):
         del env["HF_HUB_OFFLINE"]  # the rows of a stream come from there
     if plan.recipe.train.compile:  # what is compiled once is there for the next run
-        folder = cache_folder() / f"compiled-py3.{sys.version_info.minor}-torch-{_version('torch')}"
+        folder = cache_folder() / f"compiled-py3.{sys.version_info.minor}-torch-{version_of('torch') or 'none'}"
         env["TORCHINDUCTOR_CACHE_DIR"] = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or str(folder)
     if plan.deepspeed is not None:
         # Operators that are compiled: kept by library versions, and by the ninja of this environment and no other.
-        versions = "-".join(_version(name) for name in ("torch", "deepspeed"))
+        versions = "-".join(version_of(name) or "none" for name in ("torch", "deepspeed"))
         folder = cache_folder() / f"operators-py3.{sys.version_info.minor}-{versions}"
         env["TORCH_EXTENSIONS_DIR"] = os.environ.get("TORCH_EXTENSIONS_DIR") or str(folder)
         env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
@@ -191,14 +190,6 @@ def _deepspeed(plan: Plan, rendezvous: Rendezvous | None, node_rank: int) -> tup
         "--module",
         "launcher.worker",
     )
-
-
-def _version(package: str) -> str:
-    """Its version, `none` where it is not installed: commands are shown on machines that cannot run them."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
 
 
 def _cores() -> int:

@@ -17,6 +17,7 @@ from launcher.cluster.machine import (
     oom_kills,
     process_limit,
     usable_cores,
+    version_of,
 )
 from launcher.cluster.model import GIB, MIB, Cluster, Device, Node
 from launcher.cluster.slurm import nodes_of_job
@@ -45,4 +46,5 @@ __all__ = [
     "same_card",
     "this_machine",
     "usable_cores",
+    "version_of",
 ]

@@ -68,6 +68,11 @@ class Cluster(Frozen):
         capability 8.0 on, which are those that have bf16."""
         return self.kind == "cpu" or (dtype != "fp32" and all(device.bf16 for device in self.devices))
 
+    def ranks_of(self, node: int) -> range:
+        """The ranks of one of several nodes, on which each device has one."""
+        first = sum(len(each.devices) for each in self.nodes[:node])
+        return range(first, first + len(self.nodes[node].devices))
+
     @property
     def kind(self) -> Literal["cuda", "cpu"]:
         """What computes: a cluster never mixes cards and CPU ranks."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from launcher import __version__
-from launcher.cluster import GIB, Cluster
-from launcher.compat import fixes_for, transformers_version
+from launcher.cluster import GIB, Cluster, version_of
+from launcher.compat import fixes_for
 from launcher.errors import Problem, RecipeError
 from launcher.families import family, template_names
 from launcher.memory import Logits
@@ -179,7 +179,7 @@ class Deciding:
         """What is mended about the model's own code, where that is what runs."""
         if self.shape.native is not None or not self.shape.remote_code:
             return ()
-        fixes = fixes_for(self.shape.family, transformers_version())
+        fixes = fixes_for(self.shape.family, version_of("transformers"))
         for fix in fixes:
             self._decide("model.compat", f"{fix.name} ({fix.range})", fix.mends)
         return tuple(fix.name for fix in fixes)

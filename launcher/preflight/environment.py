@@ -16,9 +16,10 @@ from launcher.cluster import (
     host_memory_bytes,
     process_limit,
     usable_cores,
+    version_of,
 )
 from launcher.preflight.machine import SHM
-from launcher.preflight.packages import torch_cuda, version_of
+from launcher.preflight.packages import torch_cuda
 
 _PACKAGES = (
     "torch",

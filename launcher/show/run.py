@@ -90,8 +90,12 @@ class RunScreen:
             clock = (
                 f"clock {row['clock']:+.1f} s{': set it, or times in the logs mislead' if row['clock_is_off'] else ''}"
             )
-            same = f"torch {row['torch']}, same code, run directory shared"
+            directory = "staged" if row["has_copy"] else "shared"
+            same = f"torch {row['torch']}, same code, run directory {directory}"
             line(self.screen, "" if place else "nodes", f"{cells}   {same}   {clock}")
+
+    def _sending(self, event: dict[str, Any]) -> None:
+        line(self.screen, "", f"{event['host']} is sent {event['bytes'] / 2**20:,.1f} MiB: a copy of the run directory")
 
     def _prepare(self, event: dict[str, Any]) -> None:
         if event["what"] == "deepspeed" and "total" not in event and event["state"] != "cached":

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from launcher.command import worker_environment
 from launcher.compat import fix_named
-from launcher.errors import LaunchError, PreflightError
+from launcher.errors import DataError, LaunchError, PreflightError
 from launcher.plan import Plan
 from launcher.remotecode import Staged
 from launcher.rundir import RunDir, cache_folder, read_json, write_json
@@ -70,22 +70,14 @@ def prepare(plan: Plan, run: RunDir) -> Prepared:
         PreflightError: a model that is not there.
     """
     recipe, cached = plan.recipe, []
-    # What is streamed is too much to be read for a checksum.
-    streamed = [described(file) for file in stream_files(recipe.data)] if recipe.data.streaming else None
-    files = data_files(recipe.data.path) if streamed is None else []
-    eval_path = recipe.data.eval.path if recipe.data.eval else None
-    with named("data.eval.path"):
-        eval_files = data_files(eval_path) if eval_path else []
-    data_hash = hash_files([*files, *eval_files])
-    if streamed is not None:
-        data_hash = key_of("stream", data_hash, streamed, recipe.data.shuffle_rows)
-
+    data_hash = _data_hash(plan, run)
     model = find_model(plan, run, data_hash, cached)
     model_dir, code = model.model_dir, model.code
 
     selection = recipe.data.model_dump(mode="json", exclude={"path", "batching", "questions"})
     data_key = key_of(
         "data",
+        "with places",  # of its rows
         data_hash,
         selection,
         recipe.train.seed,
@@ -103,6 +95,7 @@ def prepare(plan: Plan, run: RunDir) -> Prepared:
         tokenizer_dir=str(model.tokenizer_dir),
         data_dir=str(data_dir),
         rows_key=_rows_key(plan, data_hash),
+        data_hash=data_hash,
         source_dir=str(model.source_dir) if plan.shape.native is not None else None,
         code=code,
         cached=tuple(cached),
@@ -111,6 +104,28 @@ def prepare(plan: Plan, run: RunDir) -> Prepared:
         eos_token_ids=left["eos_token_ids"],
         report=DataReport.model_validate(left["report"]),
     )
+
+
+def _data_hash(plan: Plan, run: RunDir) -> str:
+    """Of the recipe's rows. A node with a copy of the run directory may be without them: they were sent as they are prepared.
+
+    Raises:
+        DataError: they are not here, and were not sent either.
+    """
+    data = plan.recipe.data
+    eval_path = data.eval.path if data.eval else None
+    try:
+        # What is streamed is too much to be read for a checksum.
+        streamed = [described(file) for file in stream_files(data)] if data.streaming else None
+        files = data_files(data.path) if streamed is None else []
+        with named("data.eval.path"):
+            hashed = hash_files([*files, *(data_files(eval_path) if eval_path else [])])
+        return hashed if streamed is None else key_of("stream", hashed, streamed, data.shuffle_rows)
+    except DataError:
+        sent = read_json(run.prepared) if run.copy.exists() else None
+        if sent is None:
+            raise
+        return str(sent["data_hash"])
 
 
 def _try_model(plan: Plan, model_dir: Path, code: Staged | None, cached: list[str]) -> None:

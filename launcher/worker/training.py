@@ -104,7 +104,7 @@ class PlannedTrainer(Trainer):
             collate = at_labels(collate, plan.unmasked)
         arguments = training_arguments(plan, run, len(self.train_rows))
         streams = isinstance(self.train_rows, Windows)
-        rows = self.train_rows if streams else WholeSteps(self.train_rows, plan.global_batch)
+        rows = self.train_rows if streams else WholeSteps(self.train_rows, plan.global_batch, plan.accumulation)
         super().__init__(model=parts["model"], args=arguments, train_dataset=rows, data_collator=collate)
         if plan.strategy == "fsdp":
             # Precision and no more: a model that accelerate has prepared it does not wrap in DDP.
@@ -115,7 +115,7 @@ class PlannedTrainer(Trainer):
             else StepOrder(self.train_rows["length"][:], plan.global_batch, plan.recipe.train.seed, plan.batching)
         )
         self.metrics = Metrics(run, plan, prepared, self.args.device)
-        self.metrics.own = OwnTime(plan, self.model, self.args.device)
+        self.metrics.own = OwnTime(plan, self.called, self.args.device)
         check_world(plan, self, pulse.rank)
         self.requests = Requests(run)
         self.bad_step = FirstBadStep()
@@ -174,7 +174,8 @@ class PlannedTrainer(Trainer):
         self.metrics.own.begin()
         inputs = self._prepare_inputs(inputs)
         self.metrics.counters.add(inputs)
-        self.pulse.batch = (inputs["input_ids"].shape[0], inputs["input_ids"].shape[1])
+        taken = self.train_dataset.taken
+        self.pulse.batch = (*inputs["input_ids"].shape, taken.popleft() if taken else [])
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.metrics.own.mark()
         self.bad_step.note(loss, self.state.global_step + 1)

@@ -189,11 +189,14 @@ class Staging(os.PathLike[str]):
 
     Args:
         copies: where tensors are kept until `write` is called, perhaps by another thread; without it everything is written at once.
+        share: this rank's place among those who share the writing of what all of them have, and how many these are. None for a rank
+            that does not see the launcher's run directory: it writes what it alone has, beside its copy, and rank 0 takes that over.
     """
 
-    def __init__(self, path: Path, copies: Copies | None = None) -> None:
+    def __init__(self, path: Path, copies: Copies | None = None, share: tuple[int, int] | None = (0, 1)) -> None:
         self.path = path
         self.copies = copies
+        self.share = share
         self.files: dict[str, FileEntry] = {}
         self.error: Exception | None = None
         self._jobs: list[Callable[[], None]] = []
@@ -236,6 +239,10 @@ class Staging(os.PathLike[str]):
     def put_off(self, job: Callable[[], None]) -> None:
         """Have something done by `write`, in every case: other ranks may take part in it."""
         self._jobs.append(job)
+
+    def content(self) -> dict[str, bytes]:
+        """The bytes of what this rank has written."""
+        return {name: (self.path / name).read_bytes() for name in self.files}
 
     def write(self) -> None:
         """Do what was put off."""

@@ -37,21 +37,22 @@ def tokenize(plan: Plan, tokenizer_dir: Path, into: Path, progress: Progress, co
     """
     quiet_libraries()
     data = plan.recipe.data
-    rows, eval_rows, bad = conversations(plan)
+    places: list[str] | None = None if data.streaming else []
+    rows, eval_rows, bad = conversations(plan, places)
     tokenizer = _tokenizer(plan, tokenizer_dir, code)
     template = _template(plan, tokenizer)
     ends = end_ids(plan.shape.prompts, tokenizer, tokenizer_dir, template)
     encoder = Encoder(Prompter(tokenizer, template, ends), data, len(rows) + len(eval_rows), progress)
-    train, evaluation = encoder.encode(rows), encoder.encode(eval_rows)
+    train, evaluation = encoder.encode(rows, places), encoder.encode(eval_rows)
     if not train:
         raise DataError(
             f"data.max_length: {data.max_length}",
             f"no answer is left of {len(rows):,} rows",
             "allow longer rows: data.max_length=1024",
         )
-    for name, part in (("train", train), ("eval", evaluation)):
+    for name, part, where in (("train", train, places), ("eval", evaluation, None)):
         if part:  # datasets writes an empty one but cannot read it back
-            _write(part, into / name)
+            _write(part, where, into / name)
     left: dict[str, Any] = {
         "template": template,
         "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
@@ -62,10 +63,16 @@ def tokenize(plan: Plan, tokenizer_dir: Path, into: Path, progress: Progress, co
     write_json(into / "report.json", left)
 
 
-def conversations(plan: Plan) -> tuple[list[list[Message]], list[list[Message]], list[str]]:
-    """Training rows (of a stream the first ones, to try them), evaluation rows and the lines about bad ones."""
+def conversations(
+    plan: Plan, places: list[str] | None = None
+) -> tuple[list[list[Message]], list[list[Message]], list[str]]:
+    """Training rows (of a stream the first ones, to try them), evaluation rows and the lines about bad ones.
+
+    Args:
+        places: where each training row stands is added to it; not for a stream.
+    """
     data, evaluation = plan.recipe.data, plan.recipe.data.eval
-    rows, bad = first_conversations(plan) if data.streaming else read_conversations(data, data.path)
+    rows, bad = first_conversations(plan) if data.streaming else read_conversations(data, data.path, places)
     if evaluation is None:
         return rows, [], bad
     if evaluation.path is not None:
@@ -80,6 +87,8 @@ def conversations(plan: Plan) -> tuple[list[list[Message]], list[list[Message]],
             f"keep fewer: data.eval.rows={max(1, len(rows) // 10)}",
         )
     kept = set(random.Random(plan.recipe.train.seed).sample(range(len(rows)), num))
+    if places is not None:
+        places[:] = [where for place, where in enumerate(places) if place not in kept]
     return [row for place, row in enumerate(rows) if place not in kept], [rows[place] for place in sorted(kept)], bad
 
 
@@ -127,8 +136,8 @@ def _tokenizer(plan: Plan, folder: Path, code: Staged | None) -> Any:
     return tokenizer
 
 
-def _write(rows: list[Tokens], folder: Path) -> None:
-    """One Arrow table with input_ids, labels and length."""
+def _write(rows: list[Tokens], places: list[str] | None, folder: Path) -> None:
+    """One Arrow table with input_ids, labels and length, and where each row stands, where that is known."""
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()
@@ -136,6 +145,7 @@ def _write(rows: list[Tokens], folder: Path) -> None:
         "input_ids": [tokens.input_ids for tokens in rows],
         "labels": [tokens.labels for tokens in rows],
         "length": [len(tokens.input_ids) for tokens in rows],
+        **({"where": places} if places is not None else {}),
     }
     Dataset.from_dict(columns).save_to_disk(str(folder))
 

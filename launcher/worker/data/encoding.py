@@ -41,22 +41,28 @@ class Encoder:
         self.processes = processes or min(_MOST_PROCESSES, len(os.sched_getaffinity(0)))
         self.done = self.dropped = self.truncated = 0
 
-    def encode(self, rows: Sequence[list[Message]]) -> list[Tokens]:
+    def encode(self, rows: Sequence[list[Message]], places: list[str] | None = None) -> list[Tokens]:
         """The tokens of the rows that are left, in their order.
+
+        Args:
+            places: where each row stands; those of rows that go are taken out.
 
         Raises:
             DataError: the template does not go with these rows.
         """
-        kept = []
+        kept, stays = [], []
         for tokens in self._tokens(rows):
             self.done += 1
             if self.done % _ROWS_PER_PROGRESS == 0:
                 self.progress(self.done, self.total)
-            if is_left_out(tokens, self.data):
+            stays.append(not is_left_out(tokens, self.data))
+            if not stays[-1]:
                 self.dropped += 1
             else:
                 self.truncated += tokens.cut
                 kept.append(tokens)
+        if places is not None:
+            places[:] = [place for place, stay in zip(places, stays, strict=True) if stay]
         return kept
 
     def _tokens(self, rows: Sequence[list[Message]]) -> Iterator[Tokens]:

@@ -9,6 +9,7 @@ checkpoint says where the window of its next step begins.
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -39,6 +40,7 @@ class Windows(Dataset[dict[str, Any]]):
         self.prompter = prompter
         self.source = Source(self.data, plan.recipe.train.seed)
         self.num_rows = window_steps(plan) * plan.global_batch
+        self.taken: deque[list[str]] = deque()  # a stream's rows are not named (`WholeSteps`)
         self.steps = window_steps(plan)
         # window -> where it begins.
         self.begins = {0: Place()} if start is None else {int(start["window"]): Place(**start["place"])}
