@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -74,6 +76,18 @@ class Cluster(Frozen):
         return range(first, first + len(self.nodes[node].devices))
 
     @property
+    def named(self) -> str:
+        """Its devices, and its hosts where there are several: `16 × A800-80GB on 2 hosts`."""
+        hosts = f" on {self.num_nodes:,} hosts" if self.num_nodes > 1 else ""
+        return f"{named(self.devices)}{hosts}"
+
+    @property
     def kind(self) -> Literal["cuda", "cpu"]:
         """What computes: a cluster never mixes cards and CPU ranks."""
         return self.devices[0].kind
+
+
+def named(devices: Iterable[Device]) -> str:
+    """Devices in words, those of one name counted: `8 × A800-80GB`, `RTX 3060 Ti + 2 × RTX 3060 12GB`."""
+    counts = Counter(device.name for device in devices)
+    return " + ".join(name if num == 1 < len(counts) else f"{num:,} × {name}" for name, num in counts.items())

@@ -67,6 +67,7 @@ class Deciding:
             RecipeError: the recipe asks for what this model or these devices cannot do.
         """
         recipe = self.recipe
+        self._hardware()
         self._check_template()
         self._check_quantization()
         self._check_compile()
@@ -135,6 +136,11 @@ class Deciding:
 
     def _problem(self, key: str, message: str) -> None:
         self.problems.append(Problem(key, message))
+
+    def _hardware(self) -> None:
+        """What `auto` found, and where; or why there is no card."""
+        if self.recipe.hardware == "auto" and self.device_map is None:
+            self._decide("hardware", self.cluster.named, self.cluster.source)
 
     def _check_template(self) -> None:
         names = ("auto", "chat", *template_names())

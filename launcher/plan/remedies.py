@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from launcher.cluster import GIB
-from launcher.errors import DoesNotFitError, RecipeError
+from launcher.cluster import GIB, named
+from launcher.errors import DoesNotFitError, RecipeError, counted
 from launcher.plan.deciding import Deciding
 from launcher.plan.model import Plan, budget_bytes, lacking_bytes
 from launcher.recipe.rules import broken_rules
@@ -25,7 +25,7 @@ def does_not_fit(plan: Plan) -> DoesNotFitError:
     room = (tightest.memory_bytes - tightest.reserved_bytes) / GIB
     where = f"a device with {room:.1f} GiB free ({tightest.name})"
     if plan.strategy == "device_map":
-        where = f"{len(devices)} devices with {free:.1f} GiB free together ({' + '.join(d.name for d in devices)})"
+        where = f"{counted(len(devices), 'device')} with {free:.1f} GiB free together ({named(devices)})"
     parts = plan.memory.parts()
     largest = max(parts, key=lambda part: parts[part])
     found = (

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from launcher.cluster import GIB, Cluster, Device, same_card, usable_cores
-from launcher.errors import UsageError
+from launcher.cluster import GIB, Cluster, Device, named, same_card, usable_cores
+from launcher.errors import UsageError, counted
 from launcher.plan import Plan
 from launcher.preflight.finding import Finding
 from launcher.recipe.device_maps import find_device_map
@@ -76,8 +76,7 @@ def _missing(cluster: Cluster, found: Cluster) -> str | None:
     if found.kind == "cpu":
         return "this machine has no GPU that nvidia-smi shows"
     if found.num_devices < cluster.num_devices:
-        names = ", ".join(device.name for device in found.devices)
-        return f"{cluster.num_devices} devices planned, {found.num_devices} here ({names})"
+        return f"{counted(cluster.num_devices, 'device')} planned, {found.num_devices} here ({named(found.devices)})"
     return None
 
 
