@@ -55,3 +55,15 @@ def test_a_summary_of_many_devices_is_short() -> None:
     _, plan = plan_recipe(Asked(str(RECIPES / "quickstart.yaml"), ("hardware=[RTX 3060 Ti, RTX 3060 12GB]",)))
     many = Cluster(nodes=plan.cluster.nodes * 4000, source="")
     assert len(summary(plan.model_copy(update={"cluster": many}))) < 200
+
+
+def test_what_of_a_recipe_is_not_as_it_looks_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    text = text_of("alpaca_lora_8xa800", "model.trust_remote_code=false", "data.max_length=4096")
+    assert "model.trust_remote_code = false: code comes with the weights and will be needed" in text
+    assert "knows 2,048 positions, and was not trained on more: data.max_length=2048" in text
+    plain = text_of("alpaca_lora_8xa800", "data.max_length=2048")
+    assert "model.trust_remote_code" not in plain
+    assert "positions, and" not in plain
+    novel = "model={config: {model_type: novel, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 1, num_attention_heads: 4, vocab_size: 99}}"
+    assert "model.family = unknown: families.yaml does not know novel" in text_of("quickstart", novel)

@@ -28,6 +28,7 @@ from launcher.plan.mapped import (
 )
 from launcher.plan.model import Batching, Decision, Dtype, Plan, Targets, budget_bytes
 from launcher.plan.packing import attention_for, cheaper
+from launcher.plan.remarks import remarks
 from launcher.plan.searching import FREE_SHARE, Choice, Option, Question, alone, choose, why_shares
 from launcher.recipe import Recipe
 from launcher.recipe.device_maps import DeviceMap
@@ -67,11 +68,11 @@ class Deciding:
             RecipeError: the recipe asks for what this model or these devices cannot do.
         """
         recipe = self.recipe
-        self._hardware()
         self._check_template()
         self._check_quantization()
         self._check_compile()
         self._native()
+        self.decisions += remarks(recipe, self.cluster, self.shape, self.device_map)
         fixes = self._fixes()
         self._template()
         strategies = self._strategies()
@@ -136,11 +137,6 @@ class Deciding:
 
     def _problem(self, key: str, message: str) -> None:
         self.problems.append(Problem(key, message))
-
-    def _hardware(self) -> None:
-        """What `auto` found, and where; or why there is no card."""
-        if self.recipe.hardware == "auto" and self.device_map is None:
-            self._decide("hardware", self.cluster.named, self.cluster.source)
 
     def _check_template(self) -> None:
         names = ("auto", "chat", *template_names())

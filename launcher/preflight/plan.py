@@ -17,7 +17,8 @@ from launcher.cluster import (
 from launcher.command import by_agents
 from launcher.families import family
 from launcher.memory import CPU_CONTEXT_BYTES
-from launcher.modelshape.files import cached_snapshot, stored_dtypes
+from launcher.modelshape.files import cached_snapshot
+from launcher.modelshape.headers import stored_dtypes
 from launcher.plan import DTYPE_BYTES, Plan, checkpoint_bytes, swap_buffers_bytes
 from launcher.preflight.beginning import beginning
 from launcher.preflight.devices import devices
