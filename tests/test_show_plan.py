@@ -65,5 +65,6 @@ def test_what_of_a_recipe_is_not_as_it_looks_is_said(monkeypatch: pytest.MonkeyP
     plain = text_of("alpaca_lora_8xa800", "data.max_length=2048")
     assert "model.trust_remote_code" not in plain
     assert "positions, and" not in plain
-    novel = "model={config: {model_type: novel, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 1, num_attention_heads: 4, vocab_size: 99}}"
+    novel = "model_type: novel, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 1, num_attention_heads: 4"
+    novel = f"model={{config: {{{novel}, vocab_size: 99}}}}"
     assert "model.family = unknown: families.yaml does not know novel" in text_of("quickstart", novel)
