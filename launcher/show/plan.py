@@ -32,17 +32,12 @@ def batch(plan: Plan) -> str:
     """How a step is made up, and how much memory it takes."""
     ranks = f"{counted(plan.num_processes, 'rank')} × accumulation {plan.accumulation}"
     if plan.pipeline is not None:
-<<<<<<< HEAD
-        ranks = f"{plan.accumulation} through {len(plan.stages)} stages"
-    each, room = f"on {plan.cluster.num_devices} devices", budget_bytes(plan.strategy, plan.cluster)
+        ranks = f"{plan.accumulation} through {counted(len(plan.stages), 'stage')}"
+    each, room = f"on {counted(plan.cluster.num_devices, 'device')}", budget_bytes(plan.strategy, plan.cluster)
     if plan.strategy != "device_map":
         device = plan.cluster.devices[plan.tightest]
         room = device.memory_bytes - device.reserved_bytes
         each = f"on {device.name}" if plan.shares else "a device"
-=======
-        ranks = f"{plan.accumulation} through {counted(len(plan.stages), 'stage')}"
-    each = f"on {counted(plan.cluster.num_devices, 'device')}" if plan.strategy == "device_map" else "a device"
->>>>>>> e55b737 (Cards are read as CUDA reads them, and a plan says why there is none)
     return (
         f"micro batch {plan.micro_batch}{' on average' if plan.shares else ''} × {ranks} = {plan.global_batch} rows a step · "
         f"{gib(plan.memory.total_bytes)} of {gib(room)} GiB {each}"
@@ -62,18 +57,10 @@ def show_plan(screen: Console, plan: Plan) -> None:
         f"{', streamed' if data.streaming else ''}",
     )
     train = plan.recipe.train
-<<<<<<< HEAD
-    length = f"{train.max_steps:,} steps" if train.max_steps else f"{train.epochs:g} epochs"
+    epochs = f"{train.epochs:g} epoch{'' if train.epochs == 1 else 's'}"
+    length = counted(train.max_steps, "step") if train.max_steps else epochs
     how = f"lr {train.lr:g} {train.schedule}, {train.optimizer}, seed {train.seed}"
     line(screen, "train", f"{length}, {how}{', compiled' if train.compile else ''}")
-=======
-    length = (
-        counted(train.max_steps, "step")
-        if train.max_steps
-        else f"{train.epochs:g} epoch{'s' if train.epochs != 1 else ''}"
-    )
-    line(screen, "train", f"{length}, lr {train.lr:g} {train.schedule}, {train.optimizer}, seed {train.seed}")
->>>>>>> e55b737 (Cards are read as CUDA reads them, and a plan says why there is none)
     if plan.deepspeed is not None:
         line(screen, "deepspeed", json.dumps(plan.deepspeed))
     show_stages(screen, plan)
