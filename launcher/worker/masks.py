@@ -1,7 +1,7 @@
 """Tells transformers what the host knows of a batch: whether rows are packed into one sequence.
 
-Where a batch has no mask, transformers looks for packed rows in the position ids, which are on the card, and the host waits for the answer, in
-every micro batch. A plan packs all of its batches or none.
+Where a batch has no mask, transformers looks for packed rows in the position ids, which are on the card, and the host waits for the answer
+in every micro batch. A plan packs all of its batches or none.
 """
 
 from __future__ import annotations
