@@ -36,6 +36,7 @@ from launcher.worker.data.windows import WindowOrder, Windows
 from launcher.worker.flow import Beat, Epochs, Flow
 from launcher.worker.headloss import PLACES, LossAtLabels, at_labels
 from launcher.worker.loading import find_checkpoint
+from launcher.worker.masks import tell_of_packs
 from launcher.worker.metrics import Metrics
 from launcher.worker.prepared import Prepared
 from launcher.worker.pulse import Pulse
@@ -97,6 +98,7 @@ class PlannedTrainer(Trainer):
         self.prepared = prepared
         self.pulse = pulse
         self.train_rows, self.eval_rows = parts["train"], parts["eval"]
+        tell_of_packs(plan.batching == "packed")
         flash = plan.attention == "flash_attention_2"
         collate = collator(plan.batching, prepared.pad_token_id, family(plan.shape.family).own_mask, flash)
         self.at_labels = self._loss_at_labels(parts["model"])

@@ -183,7 +183,13 @@ def test_the_ranks_share_the_rows_of_every_step(batching, micro_batch, accumulat
 
 @pytest.mark.parametrize(
     ("batching", "micro_batch", "accumulation", "num_ranks"),
-    [("bucketed", 8, 1, 2), ("bucketed", 8, 5, 2), ("packed", 8, 1, 2), ("packed", 4, 4, 4), ("packed", 10, 4, 4)],
+    [
+        ("bucketed", 8, 1, 2),
+        ("bucketed", 8, 5, 2),
+        ("packed", 8, 1, 2),
+        ("packed", 4, 4, 4),
+        ("packed", 10, 4, 4),
+    ],
 )
 def test_all_ranks_of_a_step_have_the_same_number_of_tokens(batching, micro_batch, accumulation, num_ranks):
     """Rows as in Alpaca: at most 2 % between the ranks of nine steps in ten, of all where packed; as they come many times more."""
@@ -280,6 +286,16 @@ def test_packed_rows_are_one_sequence_whose_positions_start_again_and_that_has_n
         "labels": [[-100, 6, 7, -100, -100, -100, 11, 12, -100]],
         "position_ids": [[0, 1, 2, 0, 1, 2, 3, 4, 0]],
     }
+
+
+def test_flash_attention_is_told_where_rows_begin_and_how_long_the_longest_is() -> None:
+    batch = collator("packed", PAD, flash=True)(ROWS)
+    told = {name: batch.pop(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")}
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        name: tensor.tolist() for name, tensor in collator("packed", PAD)(ROWS).items()
+    }
+    assert told["cu_seq_lens_q"].tolist() == told["cu_seq_lens_k"].tolist() == [0, 3, 8, 9]
+    assert (told["max_length_q"], told["max_length_k"]) == (5, 5), "numbers, which no card has to be asked for"
 
 
 def test_the_first_token_of_a_packed_row_is_not_learned_from_the_row_before():

@@ -225,8 +225,11 @@ class RankBatches(Sampler[Sequence[int]]):
         """As many parts for each rank, such that tokens are even."""
         weights = [sum(lengths[at] for at in part) for part in parts]
         order = sorted(range(len(parts)), key=lambda place: -weights[place])
-        mine = shared([weights[place] for place in order], self.num_ranks, self.accumulation)
-        return [[parts[order[at]] for at in of_rank] for of_rank in mine]
+        falling = [weights[place] for place in order]
+        mine = evened(
+            [[of_rank] for of_rank in shared(falling, self.num_ranks, self.accumulation)], falling, sum(weights)
+        )
+        return [[parts[order[at]] for at in of_rank] for (of_rank,) in mine]
 
     def _rounds(self, lengths: Sequence[int]) -> list[list[list[int]]]:
         """Micro batches of as many rows each, those of all ranks at a time of like length and even tokens."""
