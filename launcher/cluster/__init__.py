@@ -17,7 +17,6 @@ from launcher.cluster.machine import (
     oom_kills,
     process_limit,
     usable_cores,
-    version_of,
 )
 from launcher.cluster.model import GIB, MIB, Cluster, Device, Node
 from launcher.cluster.slurm import nodes_of_job
@@ -46,5 +45,4 @@ __all__ = [
     "same_card",
     "this_machine",
     "usable_cores",
-    "version_of",
 ]

@@ -1,9 +1,8 @@
-"""What this machine has: its memory and cores, installed packages, and the cards that nvidia-smi shows and CUDA_VISIBLE_DEVICES leaves."""
+"""What this machine has: its memory and cores, and the cards that nvidia-smi shows and CUDA_VISIBLE_DEVICES leaves."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import re
 import socket
@@ -54,14 +53,6 @@ def oom_kills(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int | None:
         return max(counted)[1]
     found = _OOM_KILL.search(_read(proc / "vmstat"))
     return int(found[1]) if found else None
-
-
-def version_of(package: str) -> str | None:
-    """The installed version of a package, which is not imported for that; None where there is none."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def process_limit(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int | None:
