@@ -1,6 +1,7 @@
 """A training launcher for language models on several GPUs. Read the files in this order; each imports only from those above it.
 
     errors       every error a person can cause, and its exit code
+    installed    versions of packages
     rundir       the name of every file in a run directory
     manifest     the commit marker of a checkpoint; which one is valid
     recipe/      YAML -> checked, frozen Recipe

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import launcher
-from launcher.cluster import version_of
+from launcher.installed import version_of
 from launcher.mirror import Mirror, occupied
 from launcher.processes import NodeCommand, end, recorded, start
 from launcher.rundir import RunDir

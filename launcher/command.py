@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.cluster import Device, is_here, version_of
+from launcher.cluster import Device, is_here
+from launcher.installed import version_of
 from launcher.plan import Plan
 from launcher.processes import NodeCommand
 from launcher.rundir import RunDir, cache_folder

@@ -13,9 +13,10 @@ from typing import Any
 
 import launcher
 from launcher.agent import code_hash
-from launcher.cluster import Device, is_here, same_card, version_of
+from launcher.cluster import Device, is_here, same_card
 from launcher.command import Rendezvous
 from launcher.errors import PreflightError
+from launcher.installed import version_of
 from launcher.nodes import Connection, SeveralNodes, all_of
 from launcher.plan import Plan
 from launcher.preflight.finding import size

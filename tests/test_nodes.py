@@ -302,6 +302,12 @@ def test_an_agent_ends_what_it_started(run: RunDir, how: str) -> None:
     process.stdout.close()
 
 
+def test_an_agent_imports_little_because_hundreds_may_start_at_once() -> None:
+    code = "import sys, launcher.agent; print({'pydantic', 'ruamel', 'rich', 'psutil', 'torch'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 def test_only_what_is_listed_travels() -> None:
     given = {
         "NCCL_DEBUG": "INFO",

@@ -15,7 +15,6 @@ from launcher.cluster.machine import (
     oom_kills,
     process_limit,
     usable_cores,
-    version_of,
 )
 from launcher.cluster.model import GIB, MIB, Cluster, Device, Node, named
 from launcher.cluster.nvidia import driver_version, nvidia_on_the_bus
@@ -46,5 +45,4 @@ __all__ = [
     "same_card",
     "this_machine",
     "usable_cores",
-    "version_of",
 ]

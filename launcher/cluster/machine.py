@@ -1,9 +1,8 @@
-"""What this machine has beside its cards: memory, cores, limits, packages, and the kernel's word on what was killed."""
+"""What this machine has beside its cards: memory, cores, limits, and the kernel's word on what was killed."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import re
 import socket
@@ -50,14 +49,6 @@ def oom_kills(proc: Path = PROC, cgroup: Path = _CGROUP) -> int | None:
         return max(counted)[1]
     found = _OOM_KILL.search(read_small(proc / "vmstat"))
     return int(found[1]) if found else None
-
-
-def version_of(package: str) -> str | None:
-    """The installed version of a package, which is not imported for that; None where there is none."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def process_limit(proc: Path = PROC, cgroup: Path = _CGROUP) -> int | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from launcher import __version__
-from launcher.cluster import GIB, Cluster, version_of
+from launcher.cluster import GIB, Cluster
 from launcher.compat import fixes_for
 from launcher.errors import Problem, RecipeError
 from launcher.families import family, template_names
+from launcher.installed import version_of
 from launcher.memory import Logits
 from launcher.modelshape import (
     ModelShape,

@@ -16,8 +16,8 @@ from launcher.cluster import (
     host_memory_bytes,
     process_limit,
     usable_cores,
-    version_of,
 )
+from launcher.installed import version_of
 from launcher.preflight.machine import SHM
 from launcher.preflight.packages import torch_cuda
 

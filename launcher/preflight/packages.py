@@ -8,7 +8,8 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher.cluster import Cluster, driver_version, nvidia_on_the_bus, version_of
+from launcher.cluster import Cluster, driver_version, nvidia_on_the_bus
+from launcher.installed import version_of
 from launcher.preflight.finding import Finding
 
 DISTRIBUTION = "launch-trainer"

@@ -77,7 +77,7 @@ def prepare(plan: Plan, run: RunDir) -> Prepared:
     selection = recipe.data.model_dump(mode="json", exclude={"path", "batching", "questions"})
     data_key = key_of(
         "data",
-        "with places",  # of its rows
+        "with places of rows",
         data_hash,
         selection,
         recipe.train.seed,

@@ -25,7 +25,7 @@ import time
 original = module.{trainer}.{step}
 def step(self, *args, **kwargs):
     if self.state.global_step == {since}:
-        layer = next(part for part in self.model.modules() if type(part).__name__ == "LlamaDecoderLayer")
+        layer = next(part for part in self.model.modules() if type(part).__name__.endswith("LlamaDecoderLayer"))
         forward = layer.forward
         def slow(*args, **kwargs):
             time.sleep(0.15)

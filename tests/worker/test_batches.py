@@ -83,10 +83,10 @@ def test_the_last_step_is_filled_with_rows_that_teach_nothing():
 
 def test_the_rows_of_every_batch_are_known_by_where_they_stand():
     columns = {"input_ids": [[1], [4, 5], [6, 7]], "labels": [[1], [4, 5], [6, 7]], "length": [1, 2, 2]}
-    rows = WholeSteps(Dataset.from_dict({**columns, "where": ["a.json:1", "a.json:3", "b.json:1"]}), 4, ahead=2)
+    rows = WholeSteps(Dataset.from_dict({**columns, "where": ["a.json 1", "a.json 3", "b.json 1"]}), 4, ahead=2)
     for places in ([0, 1], [2, 3], [1, 0]):
         rows.__getitems__(places)
-    assert list(rows.taken) == [["b.json:1"], ["a.json:3", "a.json:1"]]
+    assert list(rows.taken) == [["b.json 1"], ["a.json 3", "a.json 1"]]
 
 
 def test_taking_the_order_leaves_the_random_numbers_of_the_run_alone():

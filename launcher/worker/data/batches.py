@@ -36,7 +36,7 @@ class WholeSteps(Dataset[dict[str, Any]]):
     Args:
         ahead: micro batches that are read before the first of them is worked on.
 
-    `taken`: of each of the micro batches that were read last, where its rows stand in the recipe's data, as `alpaca.json:8812`.
+    `taken`: of each of the micro batches that were read last, where its rows stand in the recipe's data, as `alpaca.json 8812`.
     """
 
     def __init__(self, rows: Any, global_batch: int, ahead: int = 1) -> None:

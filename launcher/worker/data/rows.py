@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,20 +80,22 @@ def read_conversations(
     """All conversations of the files, and a line for every row that was left out under `bad_rows: skip`.
 
     Args:
-        places: where each conversation stands is added to it, as `alpaca.json:8812`.
+        places: where each conversation stands is added to it, as `alpaca.json 8812`: of an array, which may be one line, the element,
+            else the line that is not empty; counted from 1.
 
     Raises:
         DataError: rows are bad and `bad_rows` is `error` (names the first ones), or nothing is left.
     """
     conversations: list[list[Message]] = []
     bad: list[str] = []
-    for row in (row for file in data_files(paths) for row in read_rows(file)):
+    numbered = ((file, *each) for file in data_files(paths) for each in enumerate(read_rows(file), 1))
+    for file, number, row in numbered:
         try:
             if row.problem is not None:
                 raise BadRowError(row.problem)
             conversations.append(to_conversation(row.value, data))
             if places is not None:
-                places.append(os.path.basename(row.where))
+                places.append(f"{file.name} {number}")
         except BadRowError as error:
             bad.append(f"{row.where}  {error}")
         if len(conversations) == data.max_rows:
