@@ -94,7 +94,7 @@ def test_sharded_over_eight_cards_too(config, adapter):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_cards_without_flash_attention_keep_keys_for_every_head(checkpointing):
     train = {"micro_batch": 2, "global_batch": 2, "max_steps": 2, "gradient_checkpointing": checkpointing}
-    asked = recipe(QWEN_7B | FOUR_LAYERS, {}, train, data={"max_length": 1024})
+    asked = recipe(QWEN_7B | FOUR_LAYERS, {}, train, data={"max_length": 1024, "batching": "padded"})
     asked["model"]["dtype"] = "fp16"
     old, new = planned(asked), planned(asked | {"model": asked["model"] | {"dtype": "bf16"}})
     assert not old.cluster.has_flash(old.dtype)

@@ -346,6 +346,6 @@ def test_cards_of_another_node_are_those_that_were_planned_for(tmp_path: Path, t
     cards = resolve_cluster(tuple(there)).devices if there else ()
     one = Connection(node, 0, subprocess.Popen(["true"]), tmp_path / "log", RunDir(tmp_path))
     one.process.wait()
-    problems = [str(problem) for problem in _other_cards(one, 20 * 2**30, list(cards))]
+    problems = [str(problem) for problem in _other_cards(one, 2 * [20 * 2**30], list(cards))]
     assert found in "\n".join(problems)
     assert bool(problems) == bool(found)
