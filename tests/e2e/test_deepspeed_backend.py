@@ -14,10 +14,7 @@ from launcher.rundir import RunDir, read_events
 from tests.e2e.conftest import Launcher, Sabotage, all_gone, report_of
 from tests.e2e.test_signals import LONG, assert_stopped, processes_of, stop
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the extra deepspeed"),
-]
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the extra deepspeed")
 DEEPSPEED = ("strategy.type=zero2", "launch.backend=deepspeed")
 
 
@@ -38,6 +35,7 @@ def test_it_learns_what_ranks_of_torchrun_learn_and_leaves_nothing(
     assert shared_memory() == before
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named(launch: Launcher, sabotage: Sabotage, recipe: Path, tmp_path: Path) -> None:
     broken = sabotage.step(3, "os.kill(os.getpid(), 9)")
     done = launch(recipe, "--run-dir", "run", *DEEPSPEED, **broken)
@@ -48,6 +46,7 @@ def test_a_killed_rank_is_named(launch: Launcher, sabotage: Sabotage, recipe: Pa
     assert "safe       step-2 is complete" in done.stderr
 
 
+@pytest.mark.slow
 def test_an_exception_is_named_and_not_the_rank_that_noticed(
     launch: Launcher, sabotage: Sabotage, recipe: Path, tmp_path: Path
 ) -> None:
@@ -58,6 +57,7 @@ def test_an_exception_is_named_and_not_the_rank_that_noticed(
     assert (failure["rank"], failure["cause"]) == (1, "ValueError: the seventh seal is broken")
 
 
+@pytest.mark.slow
 def test_sigterm_to_every_process_saves_and_sigint_ends_all(launch: Launcher, recipe: Path, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     started = launch.start(recipe, "--run-dir", run.path, LONG, "checkpoint.every_steps=100000", *DEEPSPEED)
@@ -74,6 +74,7 @@ def test_sigterm_to_every_process_saves_and_sigint_ends_all(launch: Launcher, re
     assert_stopped(started, stop(started, signal.SIGINT), signal.SIGINT, processes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", ["launcher", "node"])
 def test_a_killed_launcher_leaves_no_rank(launch: Launcher, recipe: Path, tmp_path: Path, who: str) -> None:
     run = RunDir(tmp_path / "run")

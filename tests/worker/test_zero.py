@@ -14,30 +14,31 @@ from launcher.worker.checkpoint.slices import Slices
 from tests.worker.conftest import Job
 from tests.worker.test_sharding import SAME, goes_on_to_the_last_bit, learns_what_one_rank_learns
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the extra deepspeed"),
-]
-STRATEGIES = pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the extra deepspeed")
+LORA, FULL = ("adapter.modules_to_save=[lm_head]", "train.gradient_checkpointing=true"), ("adapter.type=full",)
+LEAST = ("zero1-full", "zero2-full", "zero3-full", "zero3-lora")
 WAYS = pytest.mark.parametrize(
-    "settings",
-    [("adapter.modules_to_save=[lm_head]", "train.gradient_checkpointing=true"), ("adapter.type=full",)],
-    ids=["lora", "full"],
+    ("strategy", "settings"),
+    [
+        pytest.param(strategy, settings, id=name, marks=() if name in LEAST else pytest.mark.slow)
+        for strategy in ("zero1", "zero2", "zero3")
+        for settings, name in ((LORA, f"{strategy}-lora"), (FULL, f"{strategy}-full"))
+    ],
 )
 
 
 @WAYS
-@STRATEGIES
 def test_it_learns_what_one_rank_learns(job: Job, tmp_path: Path, strategy: str, settings: tuple[str, ...]) -> None:
     learns_what_one_rank_learns(job, tmp_path / "one", (f"strategy.type={strategy}",), settings)
 
 
+@pytest.mark.slow
 @WAYS
-@STRATEGIES
 def test_it_goes_on_to_the_last_bit(job: Job, tmp_path: Path, strategy: str, settings: tuple[str, ...]) -> None:
     goes_on_to_the_last_bit(job, tmp_path / "whole", (f"strategy.type={strategy}",), settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "settings"),
     [
@@ -51,6 +52,7 @@ def test_other_ways_go_on_to_the_last_bit(job: Job, tmp_path: Path, strategy: st
     goes_on_to_the_last_bit(job, tmp_path / "whole", (f"strategy.type={strategy}",), settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["zero1", "zero2"])
 def test_a_quantised_base_learns(job: Job, strategy: str) -> None:
     pytest.importorskip("bitsandbytes", reason="quantised bases need the extra bitsandbytes")
