@@ -2,6 +2,7 @@
 
     errors       every error a person can cause, and its exit code
     installed    versions of packages
+    terminal     letters that a terminal cannot show
     rundir       the name of every file in a run directory
     manifest     the commit marker of a checkpoint; which one is valid
     recipe/      YAML -> checked, frozen Recipe

@@ -22,6 +22,7 @@ from launcher import __version__, start
 from launcher.errors import LaunchError, PreflightError, UsageError
 from launcher.runs import VERBS, run_argument
 from launcher.start import Asked, Where
+from launcher.terminal import plain_letters
 
 # What a disk says that is full or may not be written; on the control side only the run directory is written to.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT)
@@ -163,12 +164,24 @@ def plan(asked: Asked, as_json: bool, key: str | None) -> None:
     if key is not None:
         from launcher.explain import explain
 
-        for label, text in explain(loaded, made, key):
-            line(console(), label, text)
+        lines = explain(loaded, made, key)
+        if as_json:
+            import json
+
+            _echo_json(json.dumps([{"label": label, "text": text} for label, text in lines], ensure_ascii=False))
+            return
+        width = max(len(label) for label, _ in lines)
+        for label, text in lines:
+            line(console(), f"{label:<{width}}", text)
     elif as_json:
-        click.echo(made.model_dump_json(indent=1, by_alias=True))
+        _echo_json(made.model_dump_json(indent=1, by_alias=True))
     else:
         show_plan(console(), made)
+
+
+def _echo_json(text: str) -> None:
+    """Print JSON, which is UTF-8 whatever the terminal's encoding."""
+    click.echo(text.encode())
 
 
 @cli.command()
@@ -316,6 +329,7 @@ def schema(path: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The command `launch`: a mistake of the person's is three lines and an exit code, never a traceback."""
+    plain_letters()
     code = _run(argv)
     for stream in (sys.stdout, sys.stderr):
         if stream is None:  # closed by whoever started this process

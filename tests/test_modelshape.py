@@ -436,6 +436,16 @@ def test_the_weights_of_another_model_are_refused_and_what_is_too_much_is_said(t
     assert "which hold 250,000 parameters where the config describes 220,480" in shape.source
 
 
+def test_a_bias_is_a_parameter_and_the_mask_of_old_code_is_none(tmp_path):
+    config = {"model_type": "novel", **TINY}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    entry = {"dtype": "U8", "shape": [8]}
+    names = ("transformer.h.0.attn.c_attn.bias", "transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias")
+    header = {name: {**entry, "data_offsets": [8 * place, 8 * place + 8]} for place, name in enumerate(names)}
+    safetensors(tmp_path / "model.safetensors", header, 24)
+    assert shape_of(Model(path=str(tmp_path)), HERE).num_parameters == 8
+
+
 @pytest.mark.parametrize(
     ("more", "positions"),
     [

@@ -29,7 +29,7 @@ from launcher.cluster import (
     resolve_cluster,
 )
 from launcher.command import worker_environment
-from launcher.modelshape import shape_of
+from launcher.modelshape import shape_of, shape_of_config
 from launcher.plan import Plan, make_plan
 from launcher.preflight import Finding, check, diagnose, environment, packages
 from launcher.preflight.devices import devices, rehearsal
@@ -256,8 +256,9 @@ def test_weights_that_each_rank_casts_are_counted_once_a_rank(
     stored: str, quantization: str, copies: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_folder(tmp_path, "tokenizer.json")
-    header = json.dumps({"a": {"dtype": stored, "shape": [4], "data_offsets": [0, 8]}}).encode()
-    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    num = shape_of_config(CONFIG, "tiny", "").num_parameters
+    header = json.dumps({"a": {"dtype": stored, "shape": [num], "data_offsets": [0, 2 * num]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(2 * num))
     plan = planned({**model, "quantization": quantization, "dtype": "bf16"}, "2xA800-80GB")
     monkeypatch.setattr("launcher.preflight.plan.CPU_CONTEXT_BYTES", 0)
     found = one(check_plan(plan, tmp_path), "host memory").found

@@ -16,7 +16,7 @@ _DTYPE_BYTES = {
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
 # Saved by some, but no parameters: they follow from the config.
-_BUFFERS = re.compile(r"(inv_freq|rotary_emb\.(cos|sin)_cached|attn\.(masked_)?bias)$")
+_BUFFERS = re.compile(r"(inv_freq|rotary_emb\.(cos|sin)_cached|(^|\.)attn\.(masked_)?bias)$")
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _LONGEST_HEADER = 100_000_000  # the format's own limit, in bytes
 
