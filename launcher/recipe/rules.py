@@ -189,13 +189,7 @@ def uncompilable(recipe: Recipe) -> Iterator[Problem]:
     """What torch.compile is not given."""
     if not recipe.train.compile:
         return
-    quantization, strategy = recipe.model.quantization, recipe.strategy.type
-    if quantization != "none":
-        yield Problem(
-            "train.compile",
-            f"the compiler stops at every layer stored in {quantization} and starts again behind it. "
-            "Set train.compile=false, or model.quantization=none",
-        )
+    strategy = recipe.strategy.type
     if strategy == "device_map" or strategy.startswith("zero"):
         who = "hooks between the devices" if strategy == "device_map" else "DeepSpeed's hooks"
         yield Problem(
@@ -250,6 +244,6 @@ _RULES: dict[Callable[[Recipe], Iterator[Problem]], tuple[str, ...]] = {
     _strategy: ("strategy", "launch"),
     _questions: ("data", "strategy"),
     unshardable: ("model", "adapter", "strategy", "train"),
-    uncompilable: ("model", "strategy", "train"),
+    uncompilable: ("strategy", "train"),
     _run: ("checkpoint", "launch", "adapter"),
 }

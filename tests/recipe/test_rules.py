@@ -263,16 +263,6 @@ RULES: list[tuple[Sections, str, str, Sections]] = [
     ),
     *(
         (
-            {"model": {"quantization": kind}, "train": {"compile": True}},
-            "train.compile",
-            f"the compiler stops at every layer stored in {kind} and starts again behind it. "
-            "Set train.compile=false, or model.quantization=none",
-            {"model": {"quantization": kind}},
-        )
-        for kind in ("int8", "nf4")
-    ),
-    *(
-        (
             {"strategy": {"type": name}, "train": {"compile": True}},
             "train.compile",
             f"under {name} layers are called with {hooks}, and nobody has held a compiled one against its plan. "

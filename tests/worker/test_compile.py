@@ -22,10 +22,19 @@ COMMON = ("adapter.dropout=0", "model.config.attention_dropout=0.0", "train.max_
         ("hardware=1xcpu", "train.gradient_checkpointing=true"),
         ("hardware=2xcpu", "strategy.type=ddp", "data.batching=packed"),
         ("hardware=2xcpu", "strategy.type=fsdp", "adapter.type=full"),
+        (
+            "hardware=1xcpu",
+            "model.quantization=nf4",
+            "model.config.hidden_size=64",
+            "model.config.intermediate_size=128",
+        ),
+        ("hardware=1xcpu", "model.quantization=int8"),
     ],
     ids=" ".join,
 )
 def test_compiled_layers_learn_the_same(job: Job, tmp_path: Path, how: tuple[str, ...]) -> None:
+    if any("quantization" in text for text in how):
+        pytest.importorskip("bitsandbytes", reason="quantised bases need the extra bitsandbytes")
     assert set(job.start(*COMMON, *how)) == {0}, job.logs()
     compiled = Job(job.server, job.recipe, tmp_path / "compiled")
     kernels = f"import os; os.environ['TORCHINDUCTOR_CACHE_DIR'] = {str(tmp_path / 'kernels')!r}"

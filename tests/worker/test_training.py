@@ -74,11 +74,11 @@ def curve(job: Job) -> list[float]:
     return [*job.losses().values(), *(event["loss"] for event in job.events("eval"))]
 
 
-def test_one_rank_and_two_ranks_and_four_compute_the_same(job: Job, tmp_path: Path) -> None:
-    """And two of unlike speed, one of which has three quarters of every step's tokens."""
+def test_one_rank_and_four_and_two_of_unlike_speed_compute_the_same(job: Job, tmp_path: Path) -> None:
+    """Of the two one has three quarters of every step's tokens."""
     settings = ("adapter.dropout=0", "model.config.attention_dropout=0.0", "train.max_steps=4")
     curves = []
-    for hardware, shares in (("1xcpu", ()), ("2xcpu", ()), ("4xcpu", ()), ("2xcpu", (0.75, 0.25))):
+    for hardware, shares in (("1xcpu", ()), ("4xcpu", ()), ("2xcpu", (0.75, 0.25))):
         other = Job(job.server, job.recipe, tmp_path / f"{hardware}{len(shares)}")
         plan = other.prepare(*settings, f"hardware={hardware}").model_copy(update={"shares": shares})
         supervise.write_run(plan, other.run, True)
