@@ -115,7 +115,8 @@ def _moments(request: MemoryRequest) -> Iterator[_Moment]:
     # The first layer goes backward: what the others kept is gone, their gradients are there. Then the embedding.
     first = request.num_tokens * shape.hidden_size * request.stream_bytes
     missing = _gradient_share(request, shape.layer_parameters + shape.embedding_parameters)
-    yield first + kept + passing, 0, always_back + passing_layers, max(before, gradients - missing)
+    always_first = always_back - (0 if again else casts - head_cast - layer_casts)
+    yield first + kept + passing, 0, always_first + passing_layers, max(before, gradients - missing)
     yield 0, 0, always + held + (2 * embedding if request.full else 0) + layer, gradients
     # The optimizer steps. ZeRO-1 has dropped the gradients of other ranks' parameters by then.
     yield 0, 0, always + update_bytes(request), gradients // (request.shards if request.strategy == "zero1" else 1)
