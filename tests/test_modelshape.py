@@ -268,6 +268,7 @@ def test_an_unknown_family_is_counted_like_a_llama_and_says_so():
     shape = shape_of_config({"model_type": "novel", **TINY, "auto_map": {}}, "novel", "config.json")
     assert (shape.family, shape.remote_code, shape.num_parameters) == ("unknown", True, 220480)
     assert "as if it were a Llama" in shape.source
+    assert shape_of_config({"model_type": "novel", **TINY, "num_experts": 1}, "novel", "").num_parameters == 220480
     assert trainable_parameters(shape, Adapter(r=1)) == trainable_parameters(shape, Adapter(r=1, targets="all-linear"))
 
 

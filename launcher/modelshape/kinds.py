@@ -67,7 +67,7 @@ def _other_layers(config: Mapping[str, Any]) -> tuple[str, str] | None:
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
         found = "mixes layers with and without experts, which this version does not plan"
         return found, "take a model whose layers are alike, e.g. model.path=Qwen/Qwen3-30B-A3B"
-    experts = [key for key in _EXPERTS if config.get(key)]
+    experts = [key for key in _EXPERTS if config.get(key) not in (None, 0, 1, False)]
     if experts and family_of(config).name == "unknown":
         found = f"has experts ({experts[0]}), and the family {config.get('model_type')} is not in families.yaml"
         return found, "take a mixture of experts that is known, e.g. model.path=Qwen/Qwen3-30B-A3B"
