@@ -187,7 +187,8 @@ class Supervisor:
     def _clear_signs_of_earlier_attempts(self) -> None:
         for path in (*self.run.errors.iterdir(), *self.run.heartbeats.glob("*.json")):
             path.unlink()
-        for path in (self.run.save_now, self.run.stop_now, self.run.mirrored):
+        # A copy in which a launcher works is a run of its own from now on.
+        for path in (self.run.save_now, self.run.stop_now, self.run.mirrored, self.run.copy):
             path.unlink(missing_ok=True)
 
     def _prepare(self, stop: StopRequest, nodes: OneNode | SeveralNodes | None) -> None:

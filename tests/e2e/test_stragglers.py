@@ -41,7 +41,10 @@ LAYER_OF = {
 }
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero3", "device_map"])
+OTHERS = [pytest.param(strategy, marks=pytest.mark.cluster) for strategy in LAYER_OF]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", *OTHERS])
 def test_a_rank_that_stays_behind_is_named(
     launch: Launcher, sabotage: Sabotage, recipe: Path, tmp_path: Path, strategy: str
 ) -> None:
