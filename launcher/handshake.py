@@ -147,8 +147,8 @@ def _compared(
         else:
             nodes.copies[one.rank] = any(path in data for path in found["missing"])
     for path in found["missing"]:
-        if one.rank in nodes.copies and path in data:
-            continue  # it gets the prepared rows
+        if one.rank in nodes.copies and path in data and not nodes.plan.recipe.data.streaming:
+            continue  # it gets the prepared rows; a stream is read where it is trained on
         yield PreflightError(
             f"{one.name}: {path}", "is not there", "copy it there, to the same path, or share its folder"
         )
