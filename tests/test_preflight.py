@@ -256,9 +256,10 @@ def test_weights_that_each_rank_casts_are_counted_once_a_rank(
     stored: str, quantization: str, copies: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_folder(tmp_path, "tokenizer.json")
+    plan = planned({**model, "quantization": quantization, "dtype": "bf16"}, "2xA800-80GB")
+    # After the plan, which would miss the other weights: what counts here is the precision in the file.
     header = json.dumps({"a": {"dtype": stored, "shape": [4], "data_offsets": [0, 8]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    plan = planned({**model, "quantization": quantization, "dtype": "bf16"}, "2xA800-80GB")
     monkeypatch.setattr("launcher.preflight.plan.CPU_CONTEXT_BYTES", 0)
     found = one(check_plan(plan, tmp_path), "host memory").found
     size = float(re.match(r"(\d+) MiB", found)[1])  # type: ignore[index]
@@ -269,6 +270,12 @@ def test_offloaded_state_is_host_memory(tmp_path: Path) -> None:
     strategy = {"type": "zero2", "offload": "optimizer"}
     plan = planned({"config": CONFIG}, "2xA800-80GB", strategy=strategy, adapter={"type": "full"})
     assert "of offloaded state" in one(check_plan(plan, tmp_path), "host memory").found
+    disk = {"type": "zero3", "offload": "parameters", "nvme_path": str(tmp_path / "disk")}
+    plan = planned({"config": CONFIG}, "2xA800-80GB", strategy=disk, adapter={"type": "full"})
+    assert (
+        "needed for what is offloaded"
+        in one(check_plan(plan, tmp_path), f"strategy.nvme_path {tmp_path / 'disk'}").found
+    )
 
 
 @pytest.mark.parametrize(
