@@ -270,6 +270,12 @@ def test_offloaded_state_is_host_memory(tmp_path: Path) -> None:
     strategy = {"type": "zero2", "offload": "optimizer"}
     plan = planned({"config": CONFIG}, "2xA800-80GB", strategy=strategy, adapter={"type": "full"})
     assert "of offloaded state" in one(check_plan(plan, tmp_path), "host memory").found
+    disk = {"type": "zero3", "offload": "parameters", "nvme_path": str(tmp_path / "disk")}
+    plan = planned({"config": CONFIG}, "2xA800-80GB", strategy=disk, adapter={"type": "full"})
+    assert (
+        "needed for what is offloaded"
+        in one(check_plan(plan, tmp_path), f"strategy.nvme_path {tmp_path / 'disk'}").found
+    )
 
 
 @pytest.mark.parametrize(

@@ -48,3 +48,13 @@ def test_a_run_goes_on_from_what_is_whole(job: Job, whole: Job, rank: int, fault
     assert other is not None
     files = [name for name in other.files if name.endswith(".safetensors")]
     assert {name: one.files[name] for name in files} == {name: other.files[name] for name in files}
+
+
+def test_an_error_beside_training_keeps_no_rank_waiting_for_sharded_weights(job: Job) -> None:
+    # Several files of whole weights, put together in the background out of what both ranks have.
+    sizes = ("adapter.type=full", "model.config.intermediate_size=4097", "checkpoint.max_shard_size=1MB")
+    settings = (*SETTINGS, *sizes, "strategy.type=fsdp", "checkpoint.async=true")
+    assert job.start(*settings, fault=Fault("write", 68, EIO).code, struck=[1]) == [1, 1], job.logs()
+    assert [manifest.verify(folder).problem for folder in manifest.folders(job.run)] in ([], [None])
+    assert job.start(*settings, resume=True) == [0, 0], job.logs()
+    assert [path.name for path in job.run.checkpoints.iterdir()] == ["step-6"]
