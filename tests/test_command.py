@@ -66,7 +66,7 @@ def test_deepspeed_compiles_once_a_version_and_with_the_ninja_of_this_environmen
     monkeypatch.setenv("LAUNCH_CACHE", "/cache")
     monkeypatch.setenv("PATH", "/usr/bin")
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-    monkeypatch.setattr("launcher.command.version", lambda name: {"torch": "2.13.0", "deepspeed": "0.19.8"}[name])
+    monkeypatch.setattr("launcher.command.version_of", lambda name: {"torch": "2.13.0", "deepspeed": "0.19.8"}[name])
     plan = plan_of("full_zero3_8xa800")
     for command in (*node_commands(plan, RunDir(Path("/r"))), prepare_command(plan, RunDir(Path("/r")))):
         assert command.env["TORCH_EXTENSIONS_DIR"].startswith("/cache/operators-py3.")

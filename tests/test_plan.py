@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import re
 from collections.abc import Sequence
@@ -358,16 +357,7 @@ def test_packing_is_planned_where_the_family_can() -> None:
 
 def _installed(monkeypatch: pytest.MonkeyPatch, flash: bool) -> None:
     """flash-attn, or none."""
-    found = importlib.metadata.version
-
-    def version(name: str) -> str:
-        if name != "flash-attn":
-            return found(name)
-        if not flash:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return "2.8.3"
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr("launcher.plan.packing.version_of", lambda name: "2.8.3" if flash else None)
 
 
 @pytest.mark.parametrize(

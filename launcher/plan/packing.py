@@ -6,10 +6,10 @@ mask takes away what is of other rows: that grows with the square of the pack. F
 
 from __future__ import annotations
 
-import importlib.metadata
 from dataclasses import replace
 
 from launcher.families import family
+from launcher.installed import version_of
 from launcher.plan.model import Attention, Decision
 from launcher.plan.searching import Choice, Question
 
@@ -26,9 +26,8 @@ def attention_for(question: Question) -> tuple[Attention, str]:
         return "sdpa", "flash attention is not for this model or its precision"
     if not all(device.bf16 for device in cluster.devices):
         return "sdpa", "flash attention has no kernels for one of the cards"
-    try:
-        version = importlib.metadata.version("flash-attn")
-    except importlib.metadata.PackageNotFoundError:
+    version = version_of("flash-attn")
+    if version is None:
         return "sdpa", "flash-attn is not installed here"
     return "flash_attention_2", f"flash-attn {version} is told where rows begin"
 
