@@ -193,7 +193,7 @@ def uncompilable(recipe: Recipe) -> Iterator[Problem]:
     if recipe.model.quantization == "nf4":
         yield Problem(
             "train.compile",
-            "compiled layers over a base stored in nf4 give no gradient once they have evaluated. "
+            "compiled layers over a base stored in nf4 fail, or give no gradient, once they have evaluated. "
             "Set train.compile=false, or model.quantization=int8",
         )
     if strategy == "device_map" or strategy.startswith("zero"):

@@ -264,7 +264,7 @@ RULES: list[tuple[Sections, str, str, Sections]] = [
     (
         {"model": {"quantization": "nf4"}, "train": {"compile": True}},
         "train.compile",
-        "compiled layers over a base stored in nf4 give no gradient once they have evaluated. "
+        "compiled layers over a base stored in nf4 fail, or give no gradient, once they have evaluated. "
         "Set train.compile=false, or model.quantization=int8",
         {"model": {"quantization": "int8"}, "train": {"compile": True}},
     ),

@@ -40,8 +40,8 @@ def test_compiled_layers_learn_the_same(job: Job, tmp_path: Path, how: tuple[str
 
 
 @pytest.mark.compiles
-def test_attempt_compiled_layers_over_nf4_give_no_gradient_after_an_evaluation(job: Job, tmp_path: Path) -> None:
-    """Why the rule is there: should this learn one day, it goes."""
+def test_attempt_compiled_layers_over_nf4_after_an_evaluation(job: Job, tmp_path: Path) -> None:
+    """Why the rule is there: an operator of bitsandbytes is refused, or no adapter gets a gradient. Should this learn one day, it goes."""
     pytest.importorskip("bitsandbytes", reason="quantised bases need the extra bitsandbytes")
     sizes = ("model.config.hidden_size=64", "model.config.intermediate_size=128")
     plan = job.prepare(*COMMON, *sizes, "hardware=1xcpu", "model.quantization=nf4")
@@ -50,4 +50,4 @@ def test_attempt_compiled_layers_over_nf4_give_no_gradient_after_an_evaluation(j
     supervise.write_run(compiled, job.run, True)
     kernels = f"import os; os.environ['TORCHINDUCTOR_CACHE_DIR'] = {str(tmp_path / 'kernels')!r}"
     assert job.ranks(compiled, fault=kernels, struck=[0]) == [1]
-    assert "4 of 4 trainable tensors got no gradient" in job.logs()
+    assert "trainable tensors got no gradient" in job.logs() or "torch.library.opcheck" in job.logs()
