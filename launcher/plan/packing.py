@@ -49,6 +49,10 @@ def cheaper(question: Question, choice: Choice) -> tuple[Question, Choice, Decis
     # With its padding a bucket takes so many times as long as the plan's rows of full length, of which none is padded.
     ratio = packed.time.total_s * (1 - PADDED_SHARE) / chosen.time.total_s
     times = f"{ratio:.2f} × the time of rows of like length with {PADDED_SHARE:.0%} padding"
+    if packs.attention == "sdpa" and ratio < 1:
+        # Where Python takes longer than the device the estimate sees no mask; measured on CPUs, buckets are faster there, too.
+        because = f"rows of like length leave little padding, and a pack has a mask of its length squared ({attention_for(packs)[1]})"
+        return question, choice, _bucketed(because)
     if ratio >= 1 or not packed.fits:
         because = f"a pack takes {times}{'' if packed.fits else ', and does not fit'}"
         if packs.attention == "sdpa":
