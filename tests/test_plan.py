@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import re
 from collections.abc import Sequence
@@ -358,16 +357,7 @@ def test_packing_is_planned_where_the_family_can() -> None:
 
 def _installed(monkeypatch: pytest.MonkeyPatch, flash: bool) -> None:
     """flash-attn, or none."""
-    found = importlib.metadata.version
-
-    def version(name: str) -> str:
-        if name != "flash-attn":
-            return found(name)
-        if not flash:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return "2.8.3"
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr("launcher.plan.packing.version_of", lambda name: "2.8.3" if flash else None)
 
 
 @pytest.mark.parametrize(
@@ -686,3 +676,13 @@ def test_what_is_compiled_is_neither_foreign_code_nor_under_deepspeed() -> None:
     plan = planned("8xA800-80GB", model={"path": SEVEN}, adapter={"type": "full"}, train={"compile": True})
     assert plan.strategy == "fsdp"
     assert {other.strategy for other in plan.alternatives} <= {"ddp", "fsdp"}
+
+
+def test_a_tiny_model_is_not_packed_because_python_hides_its_mask() -> None:
+    config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "num_key_value_heads": 2, "vocab_size": 320}  # fmt: skip
+    plan = planned(
+        "1xcpu", model={"config": config}, data={"max_length": 48}, train={"global_batch": 8, "micro_batch": 2}
+    )
+    assert plan.batching == "bucketed"
+    assert "a mask of its length squared" in str(because(plan, "data.batching"))

@@ -6,10 +6,10 @@ mask takes away what is of other rows: that grows with the square of the pack. F
 
 from __future__ import annotations
 
-import importlib.metadata
 from dataclasses import replace
 
 from launcher.families import family
+from launcher.installed import version_of
 from launcher.plan.model import Attention, Decision
 from launcher.plan.searching import Choice, Question
 
@@ -26,9 +26,8 @@ def attention_for(question: Question) -> tuple[Attention, str]:
         return "sdpa", "flash attention is not for this model or its precision"
     if not all(device.bf16 for device in cluster.devices):
         return "sdpa", "flash attention has no kernels for one of the cards"
-    try:
-        version = importlib.metadata.version("flash-attn")
-    except importlib.metadata.PackageNotFoundError:
+    version = version_of("flash-attn")
+    if version is None:
         return "sdpa", "flash-attn is not installed here"
     return "flash_attention_2", f"flash-attn {version} is told where rows begin"
 
@@ -50,6 +49,10 @@ def cheaper(question: Question, choice: Choice) -> tuple[Question, Choice, Decis
     # With its padding a bucket takes so many times as long as the plan's rows of full length, of which none is padded.
     ratio = packed.time.total_s * (1 - PADDED_SHARE) / chosen.time.total_s
     times = f"{ratio:.2f} × the time of rows of like length with {PADDED_SHARE:.0%} padding"
+    if packs.attention == "sdpa" and ratio < 1:
+        # Where Python takes longer than the device the estimate sees no mask; measured on CPUs, buckets are faster there, too.
+        because = f"rows of like length leave little padding, and a pack has a mask of its length squared ({attention_for(packs)[1]})"
+        return question, choice, _bucketed(because)
     if ratio >= 1 or not packed.fits:
         because = f"a pack takes {times}{'' if packed.fits else ', and does not fit'}"
         if packs.attention == "sdpa":

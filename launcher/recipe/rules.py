@@ -190,6 +190,12 @@ def uncompilable(recipe: Recipe) -> Iterator[Problem]:
     if not recipe.train.compile:
         return
     strategy = recipe.strategy.type
+    if recipe.model.quantization == "nf4":
+        yield Problem(
+            "train.compile",
+            "compiled layers over a base stored in nf4 fail, or give no gradient, once they have evaluated. "
+            "Set train.compile=false, or model.quantization=int8",
+        )
     if strategy == "device_map" or strategy.startswith("zero"):
         who = "hooks between the devices" if strategy == "device_map" else "DeepSpeed's hooks"
         yield Problem(
@@ -244,6 +250,6 @@ _RULES: dict[Callable[[Recipe], Iterator[Problem]], tuple[str, ...]] = {
     _strategy: ("strategy", "launch"),
     _questions: ("data", "strategy"),
     unshardable: ("model", "adapter", "strategy", "train"),
-    uncompilable: ("strategy", "train"),
+    uncompilable: ("model", "strategy", "train"),
     _run: ("checkpoint", "launch", "adapter"),
 }

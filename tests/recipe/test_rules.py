@@ -261,6 +261,13 @@ RULES: list[tuple[Sections, str, str, Sections]] = [
         "https://b/c.jsonl is an address, and only a stream is read from one. Set data.streaming=true",
         {"data": {"path": ("a.json", "https://b/c.jsonl"), "streaming": True}, "train": {"max_steps": 10}},
     ),
+    (
+        {"model": {"quantization": "nf4"}, "train": {"compile": True}},
+        "train.compile",
+        "compiled layers over a base stored in nf4 fail, or give no gradient, once they have evaluated. "
+        "Set train.compile=false, or model.quantization=int8",
+        {"model": {"quantization": "int8"}, "train": {"compile": True}},
+    ),
     *(
         (
             {"strategy": {"type": name}, "train": {"compile": True}},
