@@ -236,7 +236,7 @@ def head_seconds(request: MemoryRequest, speed: Speed) -> tuple[float, float]:
 def _optimizer(request: MemoryRequest, speed: Speed) -> float:
     """AdamW reads parameter, gradient and two moments and writes three of them, in fp32; in host memory where it is offloaded."""
     elements = request.trainable_parameters / request.shards
-    if request.offload != "none":
+    if request.elsewhere != "none":
         return elements * (28 / _HOST_BANDWIDTH + 4 / PCIE_BYTES_S)
     return elements * 28 / speed.bandwidth
 
@@ -247,8 +247,11 @@ def _communication(request: MemoryRequest, speed: Speed, accumulation: int, comp
     Volumes of a ring, a rank: all-reduce 2 (n - 1) / n, all-gather and reduce-scatter (n - 1) / n of the bytes.
     """
     num = request.num_processes
+    fetched = 0.0
+    if request.elsewhere == "parameters":  # each rank fetches its share, forward and backward
+        fetched = 2 * request.shape.num_parameters * request.layer_dtype_bytes / num / PCIE_BYTES_S
     if num == 1 or request.strategy in ("single", "device_map"):
-        return 0.0
+        return accumulation * max(fetched - computing, 0.1 * fetched)
     ring = (num - 1) / num / speed.link
     # Gradients and gathered weights travel in the precision they have on the device: adapters in fp32.
     trained = request.trainable_parameters * trained_dtype_bytes(request)
@@ -260,9 +263,7 @@ def _communication(request: MemoryRequest, speed: Speed, accumulation: int, comp
         reductions = accumulation if request.strategy == "zero2" else 1
         return max(latency, reductions * (ring * trained - 0.6 * computing)) + ring * trained
     weights = request.shape.num_parameters * request.layer_dtype_bytes
-    gathered = ring * 2 * weights + ring * trained
-    if request.offload == "parameters":
-        gathered += 2 * weights / num / PCIE_BYTES_S
+    gathered = ring * 2 * weights + ring * trained + fetched
     # Forward and backward gather each layer while the one before it computes; a tenth is never hidden.
     return accumulation * (max(gathered - computing, 0.1 * gathered) + 3 * latency)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.oracle import Ledger, flops, observe, planned
-from launcher.memory import GIB, Memory, MemoryRequest, estimate, kept_bytes
-from launcher.modelshape import shape_of_config, trainable_parameters
-from launcher.recipe.schema import Adapter
+from launcher.memory import GIB, Memory, MemoryRequest, estimate, kept_bytes, update_bytes
+from launcher.modelshape import shape_of, shape_of_config, trainable_parameters
+from launcher.recipe.schema import Adapter, Model
 
 SMALL: dict[str, Any] = {
     "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -255,3 +256,12 @@ def test_only_gradients_of_an_earlier_micro_batch_are_there_when_the_loss_is():
 def test_a_process_costs_its_context_even_when_the_model_is_nothing():
     assert estimate(request(FULL, Adapter(), kind="cpu")).context_bytes == round(0.45 * GIB)
     assert estimate(request(FULL, Adapter(), kind="cuda")).context_bytes > 0.6 * GIB
+
+
+def test_zero3_copies_gradients_of_a_billion_parameters_at_a_time():
+    """DeepSpeed's sub_group_size; 70 B on 8 ranks have 8.8 of them, in groups that are full with the matrix that exceeds 10⁹."""
+    shape = shape_of(Model(path="meta-llama/Llama-3.1-70B"), Path("/"))
+    wanted = request({"model_type": "llama", **SMALL}, Adapter(type="full"), strategy="zero3", num_processes=8)
+    large = wanted.model_copy(update={"shape": shape, "trainable_parameters": shape.num_parameters})
+    assert 6e9 < update_bytes(large) < 6.3e9
+    assert update_bytes(wanted) == 6 * (wanted.trainable_parameters // 8), "in half precision, flat, then in fp32"

@@ -495,7 +495,9 @@ def test_all_problems_come_at_once() -> None:
 
 def _remedy(line: str) -> tuple[str, float, str]:
     """`    key=value   11.1 GiB   1.29 × the time` -> override, GiB, price."""
-    found = re.fullmatch(r" {4}(\S.*?) +([\d.]+) GiB(?: {3}(same time|[\d.]+ × the time))?", line)
+    found = re.fullmatch(
+        r" {4}(\S.*?) +([\d.]+) GiB(?: {3}(same time|[\d.]+ × the time))?(?: {3}[\d,.]+ GiB of host memory)?", line
+    )
     assert found is not None, line
     return found[1], float(found[2]), found[3] or ""
 
@@ -506,7 +508,7 @@ def _remedy(line: str) -> tuple[str, float, str]:
         (
             "RTX 3090",
             {"model": {"path": SEVEN}, "data": {"max_length": 2048}, "train": {"micro_batch": 16}},
-            {"train.micro_batch=1", "model.quantization=nf4"},
+            {"train.micro_batch=auto", "model.quantization=nf4"},
         ),
         (
             "8xA800-80GB",
@@ -516,7 +518,7 @@ def _remedy(line: str) -> tuple[str, float, str]:
         (
             "RTX 3090",
             {"data": {"max_length": 4096}, "train": {"micro_batch": 8, "gradient_checkpointing": False}},
-            {"train.micro_batch=1"},
+            {"train.micro_batch=4"},
         ),
         (
             ["RTX 3060 Ti", "RTX 3060 12GiB"],
@@ -568,13 +570,47 @@ def test_where_no_single_change_helps_two_are_offered() -> None:
     with pytest.raises(DoesNotFitError) as caught:
         planned("RTX 3060 12GiB", model={"path": SEVEN}, data={"max_length": 2048}, train={"micro_batch": 8})
     remedies = [_remedy(line) for line in caught.value.to_type.splitlines()[1:]]
-    assert "train.micro_batch=1 model.quantization=nf4" in [override for override, _, _ in remedies]
+    assert "train.micro_batch=4 model.quantization=nf4" in [override for override, _, _ in remedies]
 
 
 def test_where_two_changes_do_not_help_none_is_offered() -> None:
     with pytest.raises(DoesNotFitError) as caught:
-        planned("RTX 3050", model={"path": SEVEN}, adapter={"type": "full"}, data={"max_length": 8192})
+        planned("RTX 2060 6GB reserved=5GiB", model={"path": "meta-llama/Llama-3.1-70B"}, adapter={"type": "full"})
     assert caught.value.to_type == "no one or two changes make it fit: use a smaller model or more memory"
+
+
+@pytest.mark.parametrize(
+    ("hardware", "sections", "offered"),
+    [
+        ("RTX 3060 12GB", {"adapter": {"type": "full"}}, "adapter.type=lora model.quantization=nf4"),
+        ("8xA800-80GB", {"data": {"max_length": 2**20}}, "data.max_length=131072"),
+        ("2xRTX 3090", {"model": {"path": "meta-llama/Llama-3.1-70B", "quantization": "nf4"}}, "strategy.type=device_map"),
+        ("8xA800-80GB", {"model": {"path": "mistralai/Mixtral-8x7B-v0.1", "quantization": "nf4"}}, "model.quantization=none"),
+        (
+            "8xA800-80GB",
+            {"model": {"path": "meta-llama/Llama-3.1-70B"}, "adapter": {"type": "full"}},
+            "strategy.type=zero3 strategy.offload=optimizer",
+        ),
+    ],
+    ids=["full to lora over nf4", "halves of halves", "a device map", "whole weights, shared out", "offload"],
+)  # fmt: skip
+def test_ways_out_that_are_neither_near_nor_single(hardware: str, sections: dict[str, Any], offered: str) -> None:
+    sections = {"model": {"path": SEVEN}, "data": {"max_length": 1024}, "train": {"global_batch": 16}, **sections}
+    with pytest.raises(DoesNotFitError) as caught:
+        planned(hardware, **sections)
+    line = next(line for line in caught.value.to_type.splitlines()[1:] if _remedy(line)[0] == offered)
+    assert ("GiB of host memory" in line) is ("offload" in offered)
+
+
+def test_offload_on_a_cpu_takes_the_memory_that_it_saves() -> None:
+    """Ranks on a CPU have no other memory than the host's."""
+    whole, offloaded = (
+        planned(
+            "2xcpu", adapter={"type": "full"}, strategy={"type": "zero3", "offload": what}, train={"global_batch": 2}
+        )
+        for what in ("none", "parameters")
+    )
+    assert offloaded.memory == whole.memory
 
 
 def test_a_row_of_few_tokens_is_not_cut_further() -> None:

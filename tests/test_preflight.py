@@ -260,7 +260,7 @@ def test_weights_that_each_rank_casts_are_counted_once_a_rank(
     header = json.dumps({"a": {"dtype": stored, "shape": [num], "data_offsets": [0, 2 * num]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(2 * num))
     plan = planned({**model, "quantization": quantization, "dtype": "bf16"}, "2xA800-80GB")
-    monkeypatch.setattr("launcher.preflight.plan.CPU_CONTEXT_BYTES", 0)
+    monkeypatch.setattr("launcher.plan.host.CPU_CONTEXT_BYTES", 0)
     found = one(check_plan(plan, tmp_path), "host memory").found
     size = float(re.match(r"(\d+) MiB", found)[1])  # type: ignore[index]
     assert size == pytest.approx(copies * plan.shape.num_parameters * 2 / MIB, abs=0.6), found

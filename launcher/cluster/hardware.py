@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from launcher.cluster.cards import Card, matching, same_card, split_name, unknown_card
 from launcher.cluster.hostfile import Slots, choose, read_hostfile
-from launcher.cluster.machine import cpu_cluster, usable_cores
+from launcher.cluster.machine import cpu_cluster, host_memory_bytes, usable_cores
 from launcher.cluster.model import GIB, MIB, Cluster, Device, Node
 from launcher.cluster.nvidia import nvidia_devices
 from launcher.errors import UsageError, counted
@@ -85,7 +85,9 @@ def this_machine(nproc: int | None = None) -> Cluster:
     """
     devices, remark = nvidia_devices()
     if devices:
-        return _cut(devices, nproc, remark)
+        cluster = _cut(devices, nproc, remark)
+        node = cluster.nodes[0].model_copy(update={"memory_bytes": host_memory_bytes()})
+        return cluster.model_copy(update={"nodes": (node,)})
     return cpu_cluster(nproc or min(2, usable_cores()), f"this machine's CPU ({remark})")
 
 

@@ -37,11 +37,15 @@ class Device(Frozen):
 
 
 class Node(Frozen):
-    """One host and its devices, in the order of their local ranks; `where` is its file:line in a hostfile, empty without one."""
+    """One host and its devices, in the order of their local ranks.
+
+    `where` is its file:line in a hostfile, empty without one; `memory_bytes` the host's own, 0 where nobody has looked.
+    """
 
     host: str
     devices: tuple[Device, ...]
     where: str = ""
+    memory_bytes: int = 0
 
 
 class Cluster(Frozen):

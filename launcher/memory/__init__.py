@@ -52,6 +52,7 @@ CPU_CONTEXT_BYTES = round(0.45 * GIB)
 CUDA_CONTEXT_BYTES = round(0.6 * GIB)
 ALLOCATOR_RESERVE = 0.06
 _ZERO3_LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters: so many stay gathered for the next use
+_ZERO3_SUB_GROUP = 10**9  # and its sub_group_size: so many of a rank's parameters make a step of their own
 
 # Activations, logits, buffers and gradients at a moment. All else is always there.
 _Moment = tuple[int, int, int, int]
@@ -241,8 +242,17 @@ def _gathered_bytes(request: MemoryRequest) -> tuple[int, int, int, int]:
 
 
 def update_bytes(request: MemoryRequest) -> int:
-    """What the step needs beside: nothing in fused AdamW and in the 8-bit ones; ZeRO copies gradients in half precision to fp32."""
+    """What the step needs beside: nothing in fused AdamW and in the 8-bit ones.
+
+    ZeRO copies gradients in half precision to fp32: of all that a rank steps on, under ZeRO-3 of a group at a time,
+    which is full with the parameter that exceeds 10⁹ values (stage3.py, `_prepare_sub_group`, `_release_sub_group`).
+    """
     copied = request.strategy.startswith("zero") and request.compute_dtype_bytes < 4
-    if request.optimizer != "adamw" or request.offload != "none" or not copied:
+    if request.optimizer != "adamw" or request.elsewhere != "none" or not copied:
         return 0
-    return 4 * request.trainable_parameters // request.shards
+    values = request.trainable_parameters // request.shards
+    if request.strategy != "zero3":
+        return 4 * values
+    largest = max(request.shape.modules.values()) // request.shards
+    # Flattened in half precision first.
+    return (4 + request.compute_dtype_bytes) * min(values, _ZERO3_SUB_GROUP + largest)

@@ -59,6 +59,7 @@ class MemoryRequest(BaseModel):
     logits: Logits = "whole"
     strategy: Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp", "device_map"] = "single"
     offload: Literal["none", "optimizer", "parameters"] = "none"
+    offload_to_disk: bool = False
     num_processes: int = 1
     kind: Literal["cuda", "cpu"] = "cuda"
     shares_keys: bool = True
@@ -67,6 +68,11 @@ class MemoryRequest(BaseModel):
     def num_tokens(self) -> int:
         """Tokens of a micro batch, padding and all."""
         return self.micro_batch * self.sequence_length
+
+    @property
+    def elsewhere(self) -> Literal["none", "optimizer", "parameters"]:
+        """What is offloaded to another memory than the device's; ranks on a CPU have no other than a disk."""
+        return self.offload if self.kind == "cuda" or self.offload_to_disk else "none"
 
     @property
     def layer_dtype_bytes(self) -> int:

@@ -20,7 +20,7 @@ def trained_dtype_bytes(request: MemoryRequest) -> int:
 
 def weights_bytes(request: MemoryRequest) -> int:
     """The base: linear layers as they are quantized; embedding, norms, biases and head in the weights' dtype."""
-    if request.offload == "parameters":
+    if request.elsewhere == "parameters":
         return 0
     shape, shards = request.shape, request.shards if request.strategy in ("zero3", "fsdp") else 1
     if request.quantization == "none":
@@ -44,14 +44,22 @@ def adapter_bytes(request: MemoryRequest) -> int:
 
 
 def gradients_bytes(request: MemoryRequest) -> int:
-    """The gradients of a whole step."""
+    """The gradients of a whole step.
+
+    Where the optimizer is offloaded ZeRO-2 and ZeRO-3 take each to the host as soon as it is reduced (stage3.py, `partition_grads`): the
+    largest is there as a whole.
+    """
+    if request.elsewhere != "none" and request.strategy in ("zero2", "zero3"):
+        shape = request.shape
+        largest = max(*shape.modules.values(), *shape.outer.values()) if request.full else 0
+        return min(request.trainable_parameters, largest) * trained_dtype_bytes(request)
     shards = request.shards if request.strategy in ("zero2", "zero3", "fsdp") else 1
     return request.trainable_parameters * trained_dtype_bytes(request) // shards
 
 
 def optimizer_bytes(request: MemoryRequest) -> int:
     """The optimizer's state; DeepSpeed steps on an fp32 copy of what is trained, whatever its precision."""
-    if request.offload != "none":
+    if request.elsewhere != "none":
         return 0
     per_parameter = _OPTIMIZER_BYTES[request.optimizer]
     if request.strategy.startswith("zero"):

@@ -2,8 +2,8 @@
 
 Pure: no file is read and no device is touched. The plan goes to RUN/plan.json as it is, and the workers read nothing else.
 `model` is what a plan is, `deciding` how it is made, `searching` what is fastest, `packing` whether rows are packed, `deepspeed`
-DeepSpeed's JSON of it, `remedies` what to type when it does not fit, `continuing` what of a checkpoint has to be the same, `chatting`
-where a trained model lies to talk to it.
+DeepSpeed's JSON of it, `remedies` what to type when it does not fit (`changes`: what is tried), `host` what it takes of host memory,
+`continuing` what of a checkpoint has to be the same, `chatting` where a trained model lies to talk to it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from launcher.plan.chatting import CONTEXT_TOKENS, ChatPlan, chat_plan
 from launcher.plan.continuing import checkpoint_bytes, identity, other_world, what_changed
 from launcher.plan.deciding import Deciding
 from launcher.plan.deepspeed import deepspeed_json, read_given, swap_buffers_bytes
+from launcher.plan.host import HostMemory, host_memory
 from launcher.plan.model import (
     DTYPE_BYTES,
     Alternative,
@@ -41,12 +42,14 @@ __all__ = [
     "Alternative",
     "ChatPlan",
     "Decision",
+    "HostMemory",
     "Plan",
     "Rehearsal",
     "StagePlan",
     "budget_bytes",
     "chat_plan",
     "checkpoint_bytes",
+    "host_memory",
     "identity",
     "lacking_bytes",
     "make_plan",

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 from launcher.cluster import GIB, named
 from launcher.errors import DoesNotFitError, RecipeError, counted
+from launcher.plan.changes import COARSER, OTHER, SAME, Change, ladders
 from launcher.plan.deciding import Deciding
+from launcher.plan.host import fits_host, host_memory
 from launcher.plan.model import Plan, budget_bytes, lacking_bytes
 from launcher.recipe.rules import broken_rules
 
-_SHORTEST_ROW = 64  # nobody halves data.max_length below this to save memory
 _MOST = 6  # as many as are read
-_SAME = 0.02
+_SAME_TIME = 0.02
 
 
 def does_not_fit(plan: Plan) -> DoesNotFitError:
@@ -36,10 +36,7 @@ def does_not_fit(plan: Plan) -> DoesNotFitError:
         found += "; a layer that `spill: host` keeps in host memory gets no gradient, so it can chat and is not trained"
     remedies = _remedies(plan)
     width = max((len(remedy.override) for remedy in remedies), default=0)
-    fits = [
-        f"    {remedy.override:<{width}} {remedy.memory_bytes / GIB:6.1f} GiB   {_times(remedy.step_s / plan.time.total_s)}".rstrip()
-        for remedy in remedies
-    ]
+    fits = [_line(remedy, width, plan) for remedy in remedies]
     to_type = (
         "\n".join(["fits, cheapest first:", *fits])
         if fits
@@ -53,84 +50,81 @@ class Remedy:
     """Overrides that make a plan fit, as they are typed, and what the changed plan costs.
 
     Args:
-        price: 0 where the same is learned, 1 where numbers get coarser, 2 where something else is learned.
+        price: SAME, COARSER or OTHER (`launcher.plan.changes`).
+        host_bytes: what is offloaded to the memory of each host.
     """
 
     override: str
     price: int
     memory_bytes: int
     step_s: float
-
-
-_Change = tuple[str, str, dict[str, Any]]  # as typed, section, update
+    host_bytes: int
 
 
 def _remedies(plan: Plan) -> list[Remedy]:
-    """Changes that make the plan fit, cheapest first; pairs of them where no single one does. Each was planned."""
-    changes = _changes(plan)
-    found = [remedy for change in changes if (remedy := _tried(plan, (change,)))]
-    if not found:
-        pairs = [pair for pair in combinations(changes, 2) if pair[0][0].split("=")[0] != pair[1][0].split("=")[0]]
-        found = [remedy for pair in pairs if (remedy := _tried(plan, pair))]
+    """Changes that make the plan fit, cheapest first, each of them planned.
+
+    Pairs of them where no single one does, or none that leaves what is learned as it is: two such changes come before one that does not.
+    What takes host memory is not enough where nobody knows how much there is.
+    """
+    known, has_room = ladders(plan), all(node.memory_bytes for node in plan.cluster.nodes)
+    alone = [_mildest(plan, [(change,) for change in ladder]) for ladder in known]
+    found = [remedy for remedy in alone if remedy]
+    useless = [
+        ladder for ladder, remedy in zip(known, alone, strict=True) if not remedy
+    ]  # by itself; what helps alone needs no other
+    for price in (SAME, COARSER, OTHER):
+        if any(remedy.price <= price and (has_room or not remedy.host_bytes) for remedy in found):
+            break
+        for one, other in combinations(useless, 2):
+            if one[-1].keys & other[-1].keys or max(one[0].price, other[0].price) != price:
+                continue
+            remedy = _mildest(plan, [(first, second) for first in one for second in other])
+            found += [remedy] if remedy else []
     cheapest = sorted(found, key=lambda remedy: (remedy.price, remedy.step_s))
     different = {(remedy.memory_bytes, remedy.step_s): remedy for remedy in reversed(cheapest)}
     return sorted(different.values(), key=lambda remedy: (remedy.price, remedy.step_s))[:_MOST]
 
 
-def _changes(plan: Plan) -> list[_Change]:
-    """What a person could change, each as an override."""
-    recipe = plan.recipe
-    changes: list[_Change] = []
-    if not plan.gradient_checkpointing:
-        changes.append(("train.gradient_checkpointing=true", "train", {"gradient_checkpointing": True}))
-    half, rows = plan.micro_batch // 2, recipe.train.global_batch // plan.cluster.num_devices
-    while half >= 1:
-        if rows % half == 0:
-            changes.append((f"train.micro_batch={half}", "train", {"micro_batch": half}))
-        half //= 2
-    if plan.micro_batch > 1 and recipe.train.micro_batch != "auto":
-        changes.append(("train.micro_batch=auto", "train", {"micro_batch": "auto"}))
-    length = recipe.data.max_length // 2
-    if length >= _SHORTEST_ROW:
-        changes.append((f"data.max_length={length}", "data", {"max_length": length}))
-    if recipe.train.optimizer == "adamw" and not plan.strategy.startswith("zero"):
-        changes.append(("train.optimizer=adamw_8bit", "train", {"optimizer": "adamw_8bit"}))
-    if recipe.adapter.type == "full":
-        changes.append(("adapter.type=lora", "adapter", {"type": "lora"}))
-    elif recipe.model.quantization == "none":
-        changes += [(f"model.quantization={q}", "model", {"quantization": q}) for q in ("int8", "nf4")]
-    if plan.cluster.num_devices > 1 and plan.strategy != "device_map" and recipe.model.quantization == "none":
-        names = [name for name in ("fsdp", "zero2", "zero3") if name != plan.strategy]
-        changes += [(f"strategy.type={name}", "strategy", {"type": name}) for name in names]
-    if plan.strategy.startswith("zero") and recipe.strategy.offload == "none":
-        changes += [(f"strategy.offload={what}", "strategy", {"offload": what}) for what in ("optimizer", "parameters")]
-    return changes
+def _mildest(plan: Plan, choices: Sequence[Sequence[Change]]) -> Remedy | None:
+    """The first of these choices that fits; none of them where the last, which needs least, does not."""
+    least = _tried(plan, choices[-1])
+    if least is None:
+        return None
+    return next((remedy for changes in choices[:-1] if (remedy := _tried(plan, changes))), least)
 
 
-def _tried(plan: Plan, changes: Sequence[_Change]) -> Remedy | None:
+def _tried(plan: Plan, changes: Sequence[Change]) -> Remedy | None:
     """The plan with these changes, if it may be asked for and fits."""
     changed = plan.recipe
-    for _, section, update in changes:
-        changed = changed.model_copy(update={section: getattr(changed, section).model_copy(update=update)})
+    for change in changes:
+        changed = change.made(changed)
     if broken_rules(changed):
         return None
     try:
         other = Deciding(changed, plan.cluster, plan.shape, plan.device_map).plan(plan.name)
     except RecipeError:
         return None
-    if lacking_bytes(other) > 0:
+    if lacking_bytes(other) > 0 or not fits_host(other):
         return None
-    override = " ".join(typed for typed, _, _ in changes)
-    return Remedy(override, max(_price(typed) for typed, _, _ in changes), other.memory.total_bytes, other.time.total_s)
+    return Remedy(
+        override=" ".join(change.typed for change in changes),
+        price=max(change.price for change in changes),
+        memory_bytes=other.memory.total_bytes,
+        step_s=other.time.total_s,
+        host_bytes=host_memory(other).offloaded_bytes,
+    )
 
 
-def _price(typed: str) -> int:
-    key = typed.partition("=")[0]
-    return {"model.quantization": 1, "train.optimizer": 1, "data.max_length": 2, "adapter.type": 2}.get(key, 0)
+def _line(remedy: Remedy, width: int, plan: Plan) -> str:
+    """A remedy as it is read: what to type, memory of the fullest device, time, and what it takes of each host."""
+    typed = f"    {remedy.override:<{width}} {remedy.memory_bytes / GIB:6.1f} GiB   "
+    host = f"   {remedy.host_bytes / GIB:,.1f} GiB of host memory" if remedy.host_bytes else ""
+    return f"{typed}{_times(remedy.step_s / plan.time.total_s)}{host}".rstrip()
 
 
 def _times(ratio: float) -> str:
     """`1.29 × the time`; small differences are below what an estimate can tell. Nothing of a placement that is none."""
     if ratio == 0:
         return ""
-    return "same time" if abs(ratio - 1) < _SAME else f"{ratio:.2f} × the time"
+    return "same time" if abs(ratio - 1) < _SAME_TIME else f"{ratio:.2f} × the time"

@@ -224,6 +224,7 @@ class Question:
             logits=self.logits(option.strategy),
             strategy=option.strategy,
             offload=recipe.strategy.offload,
+            offload_to_disk=recipe.strategy.nvme_path is not None,
             num_processes=self.cluster.num_devices,
             kind=self.cluster.kind,
             shares_keys=self.cluster.has_flash(self.dtype),

@@ -16,10 +16,9 @@ from launcher.cluster import (
 )
 from launcher.command import by_agents
 from launcher.families import family
-from launcher.memory import CPU_CONTEXT_BYTES
 from launcher.modelshape.files import cached_snapshot
 from launcher.modelshape.headers import stored_dtypes
-from launcher.plan import DTYPE_BYTES, Plan, checkpoint_bytes, swap_buffers_bytes
+from launcher.plan import Plan, host_memory
 from launcher.preflight.beginning import beginning
 from launcher.preflight.devices import devices
 from launcher.preflight.disk import room
@@ -28,8 +27,6 @@ from launcher.preflight.finding import Finding, size
 from launcher.preflight.machine import limits
 from launcher.preflight.packages import ranges_kept, torch_wheel
 from launcher.preflight.port import port
-
-_STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 
 
 def check(plan: Plan, run_dir: Path) -> list[Finding]:
@@ -156,56 +153,34 @@ def _compiler(plan: Plan) -> Iterator[Finding]:
 
 
 def _host_memory(plan: Plan) -> Iterator[Finding]:
-    """What the ranks of this host hold in its memory at their fullest, while they load the model or train.
-
-    On a CPU that is the plan's own figure. With cards each rank loads the weights into host memory first: mapped from the file, and
-    shared, where that has the wanted precision (2 MiB of 223 were a process's own, transformers 5.23), else a copy for
-    each rank (446 of 446). Quantised weights go to the card one by one, and so do those of a device map.
-    """
-    num_ranks = min(plan.num_processes, max(len(node.devices) for node in plan.cluster.nodes))
-    if plan.kind == "cpu":
-        each, why = plan.memory.total_bytes // (num_ranks if plan.pipeline else 1), "to train"
-    elif plan.pipeline is not None:
-        each, why = CPU_CONTEXT_BYTES, "beside the cards"
-    else:
-        one_by_one = plan.recipe.model.quantization != "none" or (
-            plan.schedule == "naive" and not plan.shape.remote_code
-        )
-        copied = not one_by_one and _weights_folder_dtypes(plan) != {_STORED[plan.weights_dtype]}
-        each = CPU_CONTEXT_BYTES + (plan.shape.num_parameters * DTYPE_BYTES[plan.weights_dtype] if copied else 0)
-        why = "while the weights are loaded" if copied else "beside the cards"
-    offloaded = _offloaded_bytes(plan)
-    copied_once = checkpoint_bytes(plan) if plan.recipe.checkpoint.async_ else 0
-    needed = num_ranks * each + offloaded + copied_once
+    """What the ranks of this host hold in its memory at their fullest (`launcher.plan.host`), and what it has."""
+    need = host_memory(plan, _stored(plan))
     total, available = host_memory_bytes(), available_memory_bytes()
-    ranks = f"{num_ranks} rank{'s' if num_ranks > 1 else ''} of {size(each)} {why}"
-    ranks += f", {size(offloaded)} of offloaded state" if offloaded else ""
-    ranks += f", {size(copied_once)} of a checkpoint on its way to the disk" if copied_once else ""
-    found = f"{size(needed)} needed ({ranks}), {size(available)} of {size(total)} available"
-    if needed <= available:
+    why = "to train" if plan.kind == "cpu" else "while the weights are loaded" if need.copied else "beside the cards"
+    ranks = f"{need.num_ranks} rank{'s' if need.num_ranks > 1 else ''} of {size(need.each_bytes)} {why}"
+    ranks += f", {size(need.offloaded_bytes)} of offloaded state" if need.offloaded_bytes else ""
+    ranks += f", {size(need.checkpoint_bytes)} of a checkpoint on its way to the disk" if need.checkpoint_bytes else ""
+    found = f"{size(need.total_bytes)} needed ({ranks}), {size(available)} of {size(total)} available"
+    if need.total_bytes <= available:
         yield Finding("ok", "host memory", found)
         return
     end = "; the kernel would kill a rank without a word (exit code -9, 137)"
-    fewer = f"fewer ranks: --nproc {max(1, num_ranks // 2)}" if num_ranks > 1 else "a smaller model"
-    if plan.kind == "cuda" and needed > total:
+    fewer = f"fewer ranks: --nproc {max(1, need.num_ranks // 2)}" if need.num_ranks > 1 else "a smaller model"
+    if need.offloaded_bytes > total:
+        fewer = "offload less: strategy.offload=none"
+    elif need.copied and need.total_bytes > total:
         fewer += f", or weights stored in {plan.weights_dtype}, which ranks share"
     yield Finding("warning", "host memory", found + end, f"end what else uses it (`free -g`, `top`), or {fewer}")
 
 
-def _weights_folder_dtypes(plan: Plan) -> set[str]:
-    """Precisions of the safetensors files that ranks will load (a conversion keeps them); empty where that is not known yet."""
+def _stored(plan: Plan) -> set[str]:
+    """Precisions of the safetensors files that ranks will load (a conversion keeps them), `pickle` for other files; empty where they
+    are not here yet."""
     path = plan.recipe.model.path
     if path is None:
         return {"F32"}  # as `worker/fresh.py` writes it
     folder = Path(path) if os.path.isdir(path) else cached_snapshot(path, plan.recipe.model.revision)
-    return stored_dtypes(folder) if folder is not None else set()
-
-
-def _offloaded_bytes(plan: Plan) -> int:
-    """ZeRO-Offload keeps two fp32 values, an fp32 copy and a gradient a trained parameter, and the weights if asked to; with a disk for
-    them what is on its way there."""
-    if plan.recipe.strategy.nvme_path is not None:
-        return swap_buffers_bytes(plan)
-    offload = plan.recipe.strategy.offload
-    weights = plan.shape.num_parameters * DTYPE_BYTES[plan.weights_dtype] if offload == "parameters" else 0
-    return 0 if offload == "none" else weights + 16 * plan.trainable_parameters
+    found = stored_dtypes(folder) if folder is not None else set()
+    if folder is not None and not found and any(folder.glob("*.bin")) and plan.shape.native is None:
+        return {"pickle"}
+    return found
