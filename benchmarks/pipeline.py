@@ -207,7 +207,7 @@ def run(folder: Path, recipe: Path, waits: list[tuple[float, float]], overrides:
     """
     loaded = load_recipe(recipe, overrides)
     named = loaded.recipe.strategy.device_map
-    device_map = load_device_map(named)[1] if named is not None else None
+    device_map = load_device_map(named).device_map if named is not None else None
     cluster = resolve_cluster(loaded.recipe.hardware if device_map is None else device_map.devices)
     shape = shape_of(loaded.recipe.model, recipe.parent)
     plan, where = make_plan("emulated", loaded.recipe, cluster, shape, device_map=device_map), RunDir(folder)

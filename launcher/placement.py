@@ -154,6 +154,25 @@ def cost_of(
     return Placement(tuple(stages), sum(seconds) if schedule == "naive" else max(seconds))
 
 
+def needed_by(
+    layers: Layers,
+    num_places: int,
+    schedule: Schedule,
+    micro_batches: int,
+    recompute: bool | None,
+    order: Order,
+    ranges: Sequence[tuple[int, int]],
+) -> list[int]:
+    """The least bytes that each device of such a placement needs, whatever it has."""
+    nothing = Place(budget_bytes=0, keep_s=0, recompute_s=0, embedding_s=0, head_s=0, hand_over_s=0)
+    search = _Search(layers, [nothing] * num_places, schedule, micro_batches, recompute, order)
+    last = len(ranges) - 1
+    return [
+        min(search.fullest(last - at, first == 0, mode, last_layer + 1 - first) for mode in search.modes)
+        for at, (first, last_layer) in enumerate(ranges)
+    ]
+
+
 class _Search:
     """`cost[used][i]`: the last i layers, and the head, on the devices in `used` (a set of bits): the least seconds."""
 
@@ -171,6 +190,8 @@ class _Search:
         self.naive = schedule == "naive"
         self.micro_batches = micro_batches
         self.order = order
+        # Of places that are alike the first is used before the next: any other order costs the same.
+        self.twins = [max((j for j in range(i) if places[j] == place), default=i) for i, place in enumerate(places)]
         self.modes = (False, True) if recompute is None else (recompute,)
 
     def best(self) -> Placement | None:
@@ -184,7 +205,7 @@ class _Search:
             if not any(value < math.inf for value in cost[used]):
                 continue
             for device in range(len(self.places)):
-                if used >> device & 1:
+                if used >> device & 1 or (self.twins[device] != device and not used >> self.twins[device] & 1):
                     continue
                 after = used | 1 << device
                 for piece in self.pieces(device, used.bit_count(), is_first=False):
@@ -289,6 +310,10 @@ class _Search:
     def stage(self, device: int, start: int, taken: int, after_it: int, recompute: bool, is_first: bool) -> Stage:
         """A device with that many layers, priced."""
         piece = next(p for p in self.pieces(device, after_it, is_first) if p.recompute == recompute)
-        moments = self._memory(after_it, is_first, recompute)
-        fullest = max(ends + (working + taken * each if taken else 0) for ends, working, each in moments)
+        fullest = self.fullest(after_it, is_first, recompute, taken)
         return Stage(device, start, start + taken, recompute, fullest, piece.fixed + piece.slope * taken)
+
+    def fullest(self, after_it: int, is_first: bool, recompute: bool, taken: int) -> int:
+        """Bytes of a stage with so many layers when it holds most."""
+        moments = self._memory(after_it, is_first, recompute)
+        return max(ends + (working + taken * each if taken else 0) for ends, working, each in moments)

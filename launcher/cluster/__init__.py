@@ -1,7 +1,7 @@
 """In: `hardware:` of a recipe (`8xA800-80GB`, `2xcpu`, a list of cards, `auto`), nvidia-smi, /proc, a hostfile. Out: a `Cluster`.
 
 `model` is what a cluster is, `cards` what a card can do (gpus.yaml), `machine` what is here, `hardware` what a recipe names,
-`hostfile` the nodes of several machines, `slurm` those of a job.
+`of_map` what a device map names, `hostfile` the nodes of several machines, `slurm` those of a job.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from launcher.cluster.machine import (
     usable_cores,
 )
 from launcher.cluster.model import GIB, MIB, Cluster, Device, Node
+from launcher.cluster.of_map import cluster_of_map
 from launcher.cluster.slurm import nodes_of_job
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "card",
     "card_names",
     "card_of",
+    "cluster_of_map",
     "driver_version",
     "found_on_this_machine",
     "host_memory_bytes",

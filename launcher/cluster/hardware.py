@@ -128,11 +128,19 @@ def _parse_item(item: str, you_set: str) -> tuple[int, Device]:
         )
     reserved_bytes = _reserved_bytes(match[3].split(), you_set)
     if name.lower() == "cpu":
+        if reserved_bytes:
+            found = f"`{item}` reserves memory of a CPU, which all programs of the machine share"
+            raise UsageError(you_set, found, "write `cpu`")
         return num, Device(name="cpu", kind="cpu", memory_bytes=0, bf16=True, index=0)
     model, memory_gib = split_name(name)
     known = matching(model, memory_gib)
     if known is None:
         raise unknown_card(name, model, you_set)
+    if reserved_bytes >= known.memory_gib * GIB:
+        found = f"`{item}` reserves {reserved_bytes / GIB:.1f} GiB of a card with {known.memory_gib:.1f} GiB, which leaves nothing"
+        raise UsageError(
+            you_set, found, "reserve what others really hold of it (nvidia-smi shows it), or leave the card out"
+        )
     return num, Device(
         name=known.name,
         kind="cuda",

@@ -44,6 +44,8 @@ __all__ = [
 
 # Ten times more than any model has; beyond it a mistyped number would keep the planner busy for ever.
 _MOST_LAYERS = 2000
+# What the longest row is called in a config: everywhere, by ChatGLM, by the first one, by Baichuan, by GPT-2's kin.
+_LENGTHS = ("max_position_embeddings", "seq_length", "max_sequence_length", "model_max_length", "n_positions")
 
 
 class ModelShape(BaseModel):
@@ -55,7 +57,7 @@ class ModelShape(BaseModel):
     goes through, which is more than `intermediate_size` in a mixture of experts. `mlp_tensors`: values as wide as it that
     its activation keeps for the backward pass (see `layouts.Layout`). `rms_norm`: RMSNorm, else LayerNorm. `source` says
     where all this was read. `native`: the model is converted, and all this is that of the native class; `not_native`:
-    why a model with code of its own is not.
+    why a model with code of its own is not. `max_tokens`: the longest row that the model was made for, where its config says so.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -86,6 +88,7 @@ class ModelShape(BaseModel):
     source: str
     native: Native | None = None
     not_native: tuple[str, ...] = ()
+    max_tokens: int | None = None
 
     @property
     def prompts(self) -> str:
@@ -184,6 +187,7 @@ def shape_of_config(config: Mapping[str, Any], name: str, source: str) -> ModelS
         rms_norm=layout.rms_norm,
         remote_code=known.needs_remote_code or (known.name == "unknown" and "auto_map" in config),
         source=source + guess,
+        max_tokens=next((config[key] for key in _LENGTHS if isinstance(config.get(key), int)), None),
     )
 
 

@@ -7,13 +7,12 @@ are fetched to the first device each time, so that nothing goes back and forth b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pydantic import BaseModel, ConfigDict
 
 from launcher.cluster import GIB, Cluster, Device
-from launcher.errors import DoesNotFitError, RecipeError
+from launcher.errors import DoesNotFitError, RecipeError, UsageError
 from launcher.families import family
 from launcher.memory import ALLOCATOR_RESERVE, CUDA_CONTEXT_BYTES, MemoryRequest, estimate
 from launcher.placement import Layers, Moment, Place, Placement, cost_of, place
@@ -27,7 +26,7 @@ from launcher.steptime import PCIE_BYTES_S, Speed, head_seconds, layer_seconds, 
 CONTEXT_TOKENS = 4096  # room for question and answer together, where nobody asks for another
 # A long question is read in pieces, so that what a layer works with does not grow with it.
 PIECE_TOKENS = 512
-_ROUND, _LITTLE_TOKENS = 256, 1024
+_ROUND = 256  # so many tokens more or less are not worth a word
 
 
 class ChatPlan(BaseModel):
@@ -35,7 +34,8 @@ class ChatPlan(BaseModel):
 
     Args:
         stages: in the order of the layers; their seconds are of one token.
-        context: tokens that there is room for, question and answer; longest: the most that these devices have room for so.
+        context: tokens that there is room for, question and answer; longest: the most that these devices have room for so, and that the
+            model was made for.
         cache_bytes: keys and values of `context` tokens, on all devices together.
         in_host: so many of the first layers lie in host memory; host_bytes: their weights.
         piece: tokens of a question that are read at once; None where the model reads it as a whole.
@@ -68,29 +68,47 @@ class _Sizes:
     cached: int
 
 
-def chat_plan(plan: Plan, cluster: Cluster, device_map: DeviceMap | None, context: int = CONTEXT_TOKENS) -> ChatPlan:
+def chat_plan(plan: Plan, cluster: Cluster, device_map: DeviceMap | None, context: int | None = None) -> ChatPlan:
     """The fastest placement with room for so many tokens, with as few layers in host memory as can be, none unless the map allows it.
+
+    Args:
+        context: where nobody asks for so many, 4,096, or the model's own longest row where that is shorter.
 
     Raises:
         RecipeError: the device map has ranges of another model, or of more devices.
+        UsageError: the model was not made for so many tokens.
         DoesNotFitError: it does not fit; quantised layers do not lie in host memory.
     """
     if problems := list(range_problems(device_map, cluster, plan.shape)):
         raise RecipeError(problems)
-    num, may_spill = plan.shape.num_layers, device_map is not None and device_map.spill == "host"
-    quantized = plan.recipe.model.quantization != "none"
-    for in_host in range(num + 1 if may_spill and not quantized else 1):
+    num, most = plan.shape.num_layers, plan.shape.max_tokens
+    if context is None:
+        context = min(CONTEXT_TOKENS, most or CONTEXT_TOKENS)
+    elif most is not None and context > most:
+        found = f"{plan.shape.name} was made for {most:,} tokens at most, as its config says"
+        raise UsageError(f"--context {context}", found, f"--context {most}")
+    for in_host in range(num + 1 if _may_spill(plan, device_map) else 1):
         for spared in (FREE_SHARE, 0.0):  # cards are filled to the last byte only where that spares the host
-            found = _placed(plan, cluster, device_map, context, in_host, spared)
-            if found is not None:
-                return _as_planned(plan, cluster, found, context, in_host)
-    less = _placed(plan, cluster, device_map, min(context, _LITTLE_TOKENS), 0, 0.0)
-    remedies = [f"--context {_LITTLE_TOKENS}"] if less is not None else []
-    if quantized:
-        remedies.append("cards with more memory: quantised layers are not kept in host memory")
-    elif not may_spill:
-        remedies.append("spill: host in the device map")
-    raise _too_much(plan, cluster, context, remedies)
+            found_so = _placed(plan, cluster, device_map, context, in_host, spared)
+            if found_so is not None:
+                return _as_planned(plan, cluster, found_so, context, in_host)
+    raise _too_much(plan, cluster, device_map, context)
+
+
+def _may_spill(plan: Plan, device_map: DeviceMap | None) -> bool:
+    """Whether layers may lie in host memory, from where quantised ones cannot be fetched."""
+    return device_map is not None and device_map.spill == "host" and plan.recipe.model.quantization == "none"
+
+
+def _most_tokens(plan: Plan, cluster: Cluster, device_map: DeviceMap | None, below: int) -> int:
+    """The largest context, in steps of 256, for which there is room; 0 for none."""
+    in_hosts = (0, plan.shape.num_layers) if _may_spill(plan, device_map) else (0,)
+    low, high = 0, below // _ROUND
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = any(_placed(plan, cluster, device_map, middle * _ROUND, in_host, 0.0) for in_host in in_hosts)
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low * _ROUND
 
 
 def _placed(
@@ -129,11 +147,22 @@ def _placed(
     return place(layers, places, "naive", 1, recompute=False)
 
 
-def _too_much(plan: Plan, cluster: Cluster, context: int, remedies: Sequence[str]) -> DoesNotFitError:
-    """What is needed of what there is."""
+def _too_much(plan: Plan, cluster: Cluster, device_map: DeviceMap | None, context: int) -> DoesNotFitError:
+    """What is needed of what there is, and what would fit: each remedy was planned."""
     sizes, num = _sizes(plan), plan.shape.num_layers
     weights, cache = num * sizes.stored + sizes.embedding + sizes.head, num * sizes.cached * context
     free = sum(device.memory_bytes - device.reserved_bytes for device in cluster.devices)
+    by_hand = device_map is not None and device_map.ranges() is not None
+    by_itself = device_map.model_copy(update={"placement": "auto"}) if device_map is not None else None
+    remedies = []
+    if fewer := _most_tokens(plan, cluster, device_map, context):
+        remedies.append(f"--context {fewer}")
+    if by_hand and _placed(plan, cluster, by_itself, context, 0, 0.0) is not None:
+        remedies.append("placement: auto in the device map")
+    if plan.recipe.model.quantization != "none":
+        remedies.append("cards with more memory: quantised layers are not kept in host memory")
+    elif device_map is None or device_map.spill == "none":
+        remedies.append(f"spill: host{' and placement: auto' if by_hand else ''} in the device map")
     return DoesNotFitError(
         f"to talk to {plan.name} on {' + '.join(device.name for device in cluster.devices)}",
         f"{weights / GIB:.1f} GiB of weights and {cache / GIB:.1f} GiB of cache for {context:,} tokens "
@@ -166,11 +195,12 @@ def _as_planned(plan: Plan, cluster: Cluster, found: Placement, context: int, in
                 waits=0.0,
             )
         )
+    room = max(context, int(longest) // _ROUND * _ROUND)
     return ChatPlan(
         cluster=cluster,
         stages=tuple(stages),
         context=context,
-        longest=max(context, int(longest) // _ROUND * _ROUND),
+        longest=min(room, plan.shape.max_tokens or room),
         cache_bytes=plan.shape.num_layers * sizes.cached * context,
         in_host=in_host,
         host_bytes=in_host * sizes.stored,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from launcher import __version__
 from launcher.cluster import GIB, Cluster
 from launcher.compat import fixes_for, transformers_version
@@ -18,6 +16,7 @@ from launcher.modelshape import (
     unmatched_saved,
     unmatched_targets,
 )
+from launcher.plan.beside import beside
 from launcher.plan.mapped import (
     enough_micro_batches,
     explanations,
@@ -27,7 +26,7 @@ from launcher.plan.mapped import (
     why_micro_batches,
 )
 from launcher.plan.model import Batching, Decision, Dtype, Plan, Targets, budget_bytes
-from launcher.plan.searching import FREE_SHARE, Choice, Option, Question, alone, choose
+from launcher.plan.searching import FREE_SHARE, Choice, Option, Question, choose
 from launcher.recipe import Recipe
 from launcher.recipe.device_maps import DeviceMap
 from launcher.recipe.rules import unshardable
@@ -82,9 +81,8 @@ class Deciding:
         if self.problems:
             raise RecipeError(self.problems)
         choice = choose(question, options)
-        if strategies == ["device_map"] and self.cluster.num_devices > 1:
-            by_themselves = alone(question, self._sizes(1))
-            choice = replace(choice, others=(*choice.others, *by_themselves))
+        if strategies == ["device_map"] and self.cluster.num_devices > 1 and choice.chosen.fits:
+            choice = beside(question, choice, options, self._sizes(1))
         chosen = choice.chosen.option
         self._explain(question, choice)
         return Plan(

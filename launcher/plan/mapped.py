@@ -17,17 +17,17 @@ from launcher.recipe.device_maps import DeviceMap
 
 
 def range_problems(device_map: DeviceMap | None, cluster: Cluster, shape: ModelShape) -> Iterator[Problem]:
-    """Layers that are placed by hand have to be those of this model, on devices that there are."""
+    """Layers that are placed by hand have to be those of this model, on devices that there are. Keys are those of the device map."""
     ranges = device_map.ranges() if device_map is not None else None
     if not ranges:
         return
     num, last = len(ranges), ranges[-1][1]
     if last != shape.num_layers - 1:
         found = f"places layers 0 to {last}, {shape.name} has {shape.num_layers} layers"
-        yield Problem("strategy.device_map", f"{found}. Set placement: auto in it, or end with {shape.num_layers - 1}")
+        yield Problem("placement", f"{found}. End with {shape.num_layers - 1}, or set placement: auto")
     if num > cluster.num_devices:
         found = f"has ranges for {num} devices, there are {cluster.num_devices}"
-        yield Problem("strategy.device_map", f"{found}. Leave ranges out, or set placement: auto in it")
+        yield Problem("placement", f"{found}. Leave ranges out, or set placement: auto")
 
 
 def asked_schedule(recipe: Recipe, device_map: DeviceMap | None) -> str:
@@ -90,11 +90,13 @@ def explanations(question: Question, choice: Choice) -> Iterator[Decision]:
             key="launch.backend", value="python", because="one process drives all devices of a naive schedule"
         )
     if asked_schedule(recipe, question.device_map) == "auto":
-        others = [c for c in choice.others if c.fits and c.option.schedule not in (None, option.schedule)]
-        refused = not_pipelined(recipe, question.shape, question.cluster)
-        because = refused or "the only one that is possible here"
-        if others:
-            because = f"{others[0].time.total_s / seconds:.2f} × as fast as {others[0].option.schedule}"
+        other = next((c for c in choice.others if c.option.schedule not in (None, option.schedule)), None)
+        if other is None:
+            because = not_pipelined(recipe, question.shape, question.cluster) or "it is what fits"
+        elif other.fits:
+            because = f"{other.time.total_s / seconds:.2f} × as fast as {other.option.schedule}"
+        else:
+            because = f"not {other.option.schedule}: {other.because}"
         yield Decision(key="strategy.schedule", value=str(option.schedule), because=because)
     if option.schedule == "pipelined" and recipe.strategy.pipeline == "auto":
         micro_batches, last = question.accumulation(option), len(chosen.stages) - 1

@@ -11,26 +11,24 @@ from launcher.cluster import GIB
 from launcher.errors import DoesNotFitError, RecipeError
 from launcher.plan.deciding import Deciding
 from launcher.plan.model import Plan, budget_bytes, lacking_bytes
+from launcher.plan.searching import Option, Question
+from launcher.plan.spreading import needs
 from launcher.recipe.rules import broken_rules
 
 _SHORTEST_ROW = 64  # nobody halves data.max_length below this to save memory
 _MOST = 6  # as many as are read
 _SAME = 0.02
+_AUTO = "placement: auto in the device map"
 
 
 def does_not_fit(plan: Plan) -> DoesNotFitError:
     """The error with its remedies, each of which was planned and fits."""
-    devices, free = plan.cluster.devices, budget_bytes(plan.strategy, plan.cluster) / GIB
-    smallest = min(devices, key=lambda device: device.memory_bytes - device.reserved_bytes)
-    where = f"a device with {free:.1f} GiB free ({smallest.name})"
-    if plan.strategy == "device_map":
-        where = f"{len(devices)} devices with {free:.1f} GiB free together ({' + '.join(d.name for d in devices)})"
-    parts = plan.memory.parts()
-    largest = max(parts, key=lambda part: parts[part])
-    found = (
-        f"{plan.memory.total_bytes / GIB:.1f} GiB needed on {where}; "
-        f"largest part: {largest} {parts[largest] / GIB:.1f} GiB"
-    )
+    ranges = plan.device_map.ranges() if plan.device_map is not None else None
+    if ranges is not None:
+        placed = ", ".join(f"{first}-{last}" for first, last in ranges)
+        you_set, found = f"placement: [{placed}], {plan.name} on {plan.cluster.source}", _overfull(plan, ranges)
+    else:
+        you_set, found = f"{plan.name} on {plan.cluster.source}", _needed(plan)
     if plan.device_map is not None and plan.device_map.spill == "host":
         found += "; a layer that `spill: host` keeps in host memory gets no gradient, so it can chat and is not trained"
     remedies = _remedies(plan)
@@ -44,7 +42,41 @@ def does_not_fit(plan: Plan) -> DoesNotFitError:
         if fits
         else "no one or two changes make it fit: use a smaller model or more memory"
     )
-    return DoesNotFitError(f"{plan.name} on {plan.cluster.source}", found, to_type)
+    return DoesNotFitError(you_set, found, to_type)
+
+
+def _needed(plan: Plan) -> str:
+    """What is needed of what there is, and of what most."""
+    devices, free = plan.cluster.devices, budget_bytes(plan.strategy, plan.cluster) / GIB
+    smallest = min(devices, key=lambda device: device.memory_bytes - device.reserved_bytes)
+    where = f"a device with {free:.1f} GiB free ({smallest.name})"
+    if plan.strategy == "device_map":
+        num = f"{len(devices)} devices" if len(devices) > 1 else "a device"
+        together = " together" if len(devices) > 1 else ""
+        where = f"{num} with {free:.1f} GiB free{together} ({' + '.join(device.name for device in devices)})"
+    parts = plan.memory.parts()
+    largest = max(parts, key=lambda part: parts[part])
+    return (
+        f"{plan.memory.total_bytes / GIB:.1f} GiB needed on {where}; "
+        f"largest part: {largest} {parts[largest] / GIB:.1f} GiB"
+    )
+
+
+def _overfull(plan: Plan, ranges: Sequence[tuple[int, int]]) -> str:
+    """Which devices of a placement by hand are too full, at the least that it needs."""
+    question = Question(
+        plan.recipe, plan.cluster, plan.shape, plan.dtype, plan.batching, plan.trainable_parameters, plan.device_map
+    )
+    asked = plan.recipe.train.gradient_checkpointing
+    option = Option(plan.strategy, None if asked == "auto" else asked, plan.micro_batch, plan.schedule)
+    found = []
+    each = needs(question.request(option), plan.cluster, question.way(option), ranges)
+    for (device, needed), (first, last) in zip(each, ranges, strict=True):
+        free = device.memory_bytes - device.reserved_bytes
+        if needed > free:
+            layers = f"layers {first}–{last}" if last > first else f"layer {first}"
+            found.append(f"{device.name} needs {needed / GIB:.1f} GiB for {layers} and has {free / GIB:.1f} GiB free")
+    return "; ".join(found) or "a pipeline of so many stages lacks micro batches"
 
 
 @dataclass(frozen=True)
@@ -80,9 +112,11 @@ def _changes(plan: Plan) -> list[_Change]:
     """What a person could change, each as an override."""
     recipe = plan.recipe
     changes: list[_Change] = []
+    if plan.device_map is not None and plan.device_map.ranges() is not None:
+        changes.append((_AUTO, "", {}))
     if not plan.gradient_checkpointing:
         changes.append(("train.gradient_checkpointing=true", "train", {"gradient_checkpointing": True}))
-    half, rows = plan.micro_batch // 2, recipe.train.global_batch // plan.cluster.num_devices
+    half, rows = plan.micro_batch // 2, plan.micro_batch * plan.accumulation
     while half >= 1:
         if rows % half == 0:
             changes.append((f"train.micro_batch={half}", "train", {"micro_batch": half}))
@@ -108,13 +142,16 @@ def _changes(plan: Plan) -> list[_Change]:
 
 def _tried(plan: Plan, changes: Sequence[_Change]) -> Remedy | None:
     """The plan with these changes, if it may be asked for and fits."""
-    changed = plan.recipe
-    for _, section, update in changes:
+    changed, device_map = plan.recipe, plan.device_map
+    for typed, section, update in changes:
+        if typed == _AUTO and device_map is not None:
+            device_map = device_map.model_copy(update={"placement": "auto"})
+            continue
         changed = changed.model_copy(update={section: getattr(changed, section).model_copy(update=update)})
     if broken_rules(changed):
         return None
     try:
-        other = Deciding(changed, plan.cluster, plan.shape, plan.device_map).plan(plan.name)
+        other = Deciding(changed, plan.cluster, plan.shape, device_map).plan(plan.name)
     except RecipeError:
         return None
     if lacking_bytes(other) > 0:

@@ -47,7 +47,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Candidate:
-    """An option with what it costs; `stages` of a device map; `device` where only one of several is used."""
+    """An option with what it costs; `stages` of a device map; `device` where only one of several is used; `because`: why it cannot be."""
 
     option: Option
     memory: Memory
@@ -55,6 +55,7 @@ class Candidate:
     fits: bool
     stages: tuple[StagePlan, ...] = ()
     device: str | None = None
+    because: str = ""
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -115,13 +116,17 @@ class Question:
         whole_head = known.changes_logits or strategy == "fsdp" or trains_head(self.shape, self.recipe.adapter)
         return "labels" if whole_head else "parts"
 
-    def price(self, option: Option) -> Candidate:
-        """Memory and time of an option."""
+    def price(self, option: Option, to_the_brim: bool = False) -> Candidate:
+        """Memory and time of an option.
+
+        Args:
+            to_the_brim: of a device map: nothing has to be left free.
+        """
         request = self.request(option)
         memory = estimate(request)
         num_replicas, accumulation = self.num_replicas(option.strategy), self.accumulation(option)
         if option.schedule is not None:
-            return self._spread(option, request, accumulation)
+            return self._spread(option, request, accumulation, to_the_brim)
         slowest = max(
             (
                 step_time(request, speed_of(d, self.cluster, self.dtype), accumulation, num_replicas)
@@ -134,13 +139,14 @@ class Question:
             budget = round(budget * (1 - FREE_SHARE))
         return Candidate(option, memory, slowest, memory.total_bytes <= budget)
 
-    def _spread(self, option: Option, request: MemoryRequest, micro_batches: int) -> Candidate:
+    def _spread(
+        self, option: Option, request: MemoryRequest, micro_batches: int, to_the_brim: bool = False
+    ) -> Candidate:
         """The best placement of a device map. A pipeline has to have work for all of its stages."""
         way = self.way(option)
         found = spread(request, self.cluster, self.dtype, way, self.device_map)
-        if (
-            found is None and self.recipe.train.micro_batch != "auto"
-        ):  # nothing smaller may be chosen: as full as it gets
+        # Where nothing smaller may be chosen: as full as it gets.
+        if found is None and (to_the_brim or self.recipe.train.micro_batch != "auto"):
             found = spread(request, self.cluster, self.dtype, replace(way, spared=0.0), self.device_map)
         if found is None or (option.schedule == "pipelined" and len(found.stages) > micro_batches):
             endless = StepTime(
@@ -204,6 +210,7 @@ class Choice:
                 fits=candidate.fits,
                 schedule=candidate.option.schedule,
                 device=candidate.device,
+                because=candidate.because,
             )
             for candidate in (self.chosen, *self.others)
         )
@@ -230,6 +237,9 @@ def choose(question: Question, options: Sequence[Option]) -> Choice:
     """
     priced = [question.price(option) for option in options]
     fitting = [candidate for candidate in priced if candidate.fits]
+    if not fitting and any(option.schedule for option in options):
+        priced = [question.price(option, to_the_brim=True) for option in options]
+        fitting = [candidate for candidate in priced if candidate.fits]
     if fitting:
         limit = min(candidate.time.total_s for candidate in fitting) * _AS_FAST
         chosen = min((candidate for candidate in fitting if candidate.time.total_s <= limit), key=_plainness)
@@ -240,17 +250,6 @@ def choose(question: Question, options: Sequence[Option]) -> Choice:
         best.setdefault(_kind(candidate), candidate)
     others = (candidate for kind, candidate in best.items() if kind != _kind(chosen))
     return Choice(chosen, tuple(other for other in others if other.time.total_s < math.inf))
-
-
-def alone(question: Question, sizes: Sequence[int]) -> list[Candidate]:
-    """The best way on each kind of device by itself, beside which a device map has to show itself."""
-    found = []
-    for device in {device.name: device for device in question.cluster.devices}.values():
-        node = question.cluster.nodes[0].model_copy(update={"devices": (device,)})
-        one = replace(question, cluster=question.cluster.model_copy(update={"nodes": (node,)}), device_map=None)
-        options = [Option("single", checkpointing, size) for checkpointing in (False, True) for size in sizes]
-        found.append(replace(choose(one, options).chosen, device=device.name))
-    return found
 
 
 def _kind(candidate: Candidate) -> tuple[object, ...]:

@@ -16,7 +16,7 @@ from launcher.memory import (
 )
 from launcher.modelshape import ModelShape
 from launcher.pipeline import Order, flow
-from launcher.placement import Layers, Place, Placement, Schedule, cost_of, place
+from launcher.placement import Layers, Place, Placement, Schedule, cost_of, needed_by, place
 from launcher.plan.model import Dtype, StagePlan
 from launcher.plan.moments import moments
 from launcher.recipe.device_maps import DeviceMap
@@ -77,6 +77,18 @@ def spread(
         return None
     stages = _planned(found, way, request, cluster, dtype)
     return Spread(stages, _together(request, stages, cluster, way), _time(stages, way, request, cluster, dtype))
+
+
+def needs(
+    request: MemoryRequest, cluster: Cluster, way: Way, ranges: Sequence[tuple[int, int]]
+) -> list[tuple[Device, int]]:
+    """Each device of a placement by hand, and the least bytes that it needs, what the process takes included."""
+    found = needed_by(
+        _layers(request), len(cluster.devices), way.schedule, way.micro_batches, way.recompute, way.order, ranges
+    )
+    return [
+        (device, needed + _context_bytes(device, way)) for device, needed in zip(cluster.devices, found, strict=False)
+    ]
 
 
 def _layers(request: MemoryRequest) -> Layers:

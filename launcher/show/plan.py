@@ -64,7 +64,7 @@ def show_plan(screen: Console, plan: Plan) -> None:
         line(screen, "deepspeed", json.dumps(plan.deepspeed))
     show_stages(screen, plan)
     if plan.stages:
-        line(screen, "waiting", f"{plan.waiting:.0%} of a step on average: no device computes all the time")
+        line(screen, "waiting", _waiting(plan))
     else:
         line(screen, "memory", _memory_bar(plan))
     line(screen, "time", _step_time(plan))
@@ -159,7 +159,11 @@ def _alternative(plan: Plan, other: Alternative) -> str:
     """A way that was not taken, with its figures."""
     name = f"one {other.device} alone" if other.device else other.schedule or other.strategy
     how = f"{name}{', checkpointing' if other.gradient_checkpointing else ''}, micro batch {other.micro_batch}"
+    if other.because:
+        return f"{name:<44} cannot be: {other.because}"
     cost = f"{other.step_s / plan.time.total_s:.2f} × the time" if other.fits else "does not fit"
+    if plan.stages and other.fits:
+        cost = f"{other.step_s:.3g} s a step, {cost}"
     return f"{how:<44} {gib(other.memory_bytes):>5} GiB  {cost}"
 
 
@@ -173,6 +177,16 @@ def _stage(plan: Plan, stage: StagePlan) -> str:
         f"{device.name:<14} {device.memory_bytes / GIB:4.1f} GiB  {bar}  {', '.join(_parts(stage))}{again}  "
         f"{gib(stage.memory_bytes)} GiB, free {gib(free)}  {stage.seconds:.3g} s a micro batch, waits {stage.waits:.0%}"
     )
+
+
+def _waiting(plan: Plan) -> str:
+    """How much of a step a device has nothing to compute, and why."""
+    if len(plan.stages) == 1:
+        return f"nothing: {plan.cluster.devices[plan.stages[0].device].name} holds the whole model"
+    why = "the pipeline fills and empties, and waits for its slowest stage"
+    if plan.schedule == "naive":
+        why = "one device computes after the other"
+    return f"{plan.waiting:.0%} of a step on average: {why}"
 
 
 def _bar(used: int, reserved: int, whole: int) -> str:
