@@ -11,6 +11,7 @@ from launcher.cluster.machine import cpu_cluster, nvidia_devices, usable_cores
 from launcher.cluster.model import GIB, MIB, Cluster, Device, Node
 from launcher.errors import UsageError
 
+_MOST = 4096  # devices that one item stands for; beyond it somebody has mistyped
 _UNIT_BYTES = {"mib": MIB, "gib": GIB, "mb": 10**6, "gb": 10**9}
 
 
@@ -52,7 +53,7 @@ def resolve_cluster(
     kinds = {device.kind for _, device in parts}
     if len(kinds) > 1:
         raise UsageError(
-            f"hardware: {shown}", "cards and CPU ranks in one cluster", "name cards only, or `hardware: 2xcpu`"
+            f"hardware: {shown}", "cards and CPU ranks in one cluster", "name cards only, or CPU ranks only: `2xcpu`"
         )
     if kinds == {"cpu"}:
         return cpu_cluster(nproc or sum(num for num, _ in parts), f"hardware: {shown}")
@@ -122,10 +123,8 @@ def _parse_item(item: str, you_set: str) -> tuple[int, Device]:
     match = re.fullmatch(r"\s*(?:(\d+)\s*[xX×*]\s*)?(.*?)((?:\s+\w+=\S*)*)\s*", item)
     assert match is not None, "every group may be empty"
     num, name = int(match[1] or 1), match[2]
-    if num < 1 or not name:
-        raise UsageError(
-            you_set, f"`{item}` names no device", "write it as `8xA800-80GB`, `RTX 3090`, `2xcpu` or `auto`"
-        )
+    if not 1 <= num <= _MOST or not name:
+        raise UsageError(you_set, f"`{item}` names no device", "write it as `8xA800-80GB`, `RTX 3090` or `2xcpu`")
     reserved_bytes = _reserved_bytes(match[3].split(), you_set)
     if name.lower() == "cpu":
         if reserved_bytes:
@@ -154,6 +153,8 @@ def _parse_item(item: str, you_set: str) -> tuple[int, Device]:
 def _reserved_bytes(options: Sequence[str], you_set: str) -> int:
     """`reserved=921MiB` in bytes; 0 when there is no option."""
     reserved_bytes = 0
+    if len(options) > 1:
+        raise UsageError(you_set, f"`{' '.join(options)}` are two options", "add them up: `reserved=…MiB`")
     for option in options:
         match = re.fullmatch(r"reserved=(\d+(?:\.\d+)?)(MiB|GiB|MB|GB)", option, re.IGNORECASE)
         if match is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from launcher.cluster import MIB, Device
 from launcher.memory import estimate
 from launcher.placement import Schedule
 from launcher.plan.mapped import enough_micro_batches, not_pipelined
@@ -49,9 +50,14 @@ _NO_TIME = StepTime(forward_s=0, backward_s=0, recompute_s=0, optimizer_s=0, com
 def _alone(question: Question, sizes: Sequence[int]) -> list[Candidate]:
     """The best way on each kind of device by itself."""
     found = []
-    for device in {device.name: device for device in question.cluster.devices}.values():
+    for device in {_typed(device): device for device in question.cluster.devices}.values():
         node = question.cluster.nodes[0].model_copy(update={"devices": (device,)})
         one = replace(question, cluster=question.cluster.model_copy(update={"nodes": (node,)}), device_map=None)
         options = [Option("single", checkpointing, size) for checkpointing in (False, True) for size in sizes]
-        found.append(replace(choose(one, options).chosen, device=device.name))
+        found.append(replace(choose(one, options).chosen, device=_typed(device)))
     return found
+
+
+def _typed(device: Device) -> str:
+    """A device as `hardware` of a recipe names it."""
+    return f"{device.name} reserved={device.reserved_bytes / MIB:.0f}MiB" if device.reserved_bytes else device.name

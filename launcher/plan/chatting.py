@@ -15,11 +15,12 @@ from launcher.cluster import GIB, Cluster, Device
 from launcher.errors import DoesNotFitError, RecipeError, UsageError
 from launcher.families import family
 from launcher.memory import ALLOCATOR_RESERVE, CUDA_CONTEXT_BYTES, MemoryRequest, estimate
-from launcher.placement import Layers, Moment, Place, Placement, cost_of, place
+from launcher.placement import Layers, Moment, Place, Placement, Search
 from launcher.plan.mapped import range_problems
 from launcher.plan.model import DTYPE_BYTES, Plan, StagePlan
+from launcher.plan.pacing import ends_together
 from launcher.plan.searching import FREE_SHARE
-from launcher.plan.spreading import ends_together
+from launcher.plan.spreading import as_parts
 from launcher.recipe.device_maps import DeviceMap
 from launcher.steptime import PCIE_BYTES_S, Speed, head_seconds, layer_seconds, speed_of
 
@@ -142,9 +143,10 @@ def _placed(
         for device in cluster.devices
     ]
     ranges = device_map.ranges() if device_map is not None else None
+    search = Search(layers, places, "naive", recompute=False)
     if ranges is not None and in_host == 0:
-        return cost_of(layers, places, "naive", 1, False, "1f1b", ranges)
-    return place(layers, places, "naive", 1, recompute=False)
+        return search.given(as_parts(ranges, plan.shape.num_layers, len(places)))
+    return search.best()
 
 
 def _too_much(plan: Plan, cluster: Cluster, device_map: DeviceMap | None, context: int) -> DoesNotFitError:

@@ -18,6 +18,7 @@ from launcher.modelshape import (
 )
 from launcher.plan.beside import beside
 from launcher.plan.mapped import (
+    device_problems,
     enough_micro_batches,
     explanations,
     not_pipelined,
@@ -72,6 +73,8 @@ class Deciding:
         self._template()
         strategies = self._strategies()
         self.problems += range_problems(self.device_map, self.cluster, self.shape)
+        if strategies == ["device_map"]:
+            self.problems += device_problems(recipe, self.device_map, self.cluster)
         self.dtype = self._dtype()
         targets = self._targets()
         batching = self._batching()
@@ -332,6 +335,8 @@ class Deciding:
             budget = budget_bytes(option.strategy, self.cluster) * (1 - FREE_SHARE) / GIB
             limit = _LARGEST_MICRO_BATCH[self.cluster.kind]
             because = f"the fastest that fits {budget:.1f} GiB, at most {limit}, and divides the global batch"
+            if option.schedule == "naive":
+                because = f"the fastest that fits, at most {limit}, and divides the global batch"
             if option.schedule == "pipelined":
                 because = f"the fastest that fits: {why_micro_batches(question, choice.chosen, self._sizes(1))}"
             self._decide("train.micro_batch", str(option.micro_batch), because)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import prod
 
 from launcher.cluster import Cluster
 from launcher.errors import Problem
@@ -30,6 +32,29 @@ def range_problems(device_map: DeviceMap | None, cluster: Cluster, shape: ModelS
         yield Problem("placement", f"{found}. Leave ranges out, or set placement: auto")
 
 
+# Unlike devices, and sets of them, that a placement is searched among.
+_MOST_KINDS = 10
+_BETTER = 0.99  # of the time: less is no difference
+_MOST_SETS = 2**_MOST_KINDS
+
+
+def device_problems(recipe: Recipe, device_map: DeviceMap | None, cluster: Cluster) -> Iterator[Problem]:
+    """What keeps a model from being spread over these devices at all."""
+    if cluster.num_nodes > 1:
+        found = f"a device map spreads a model over the devices of one machine, there are {cluster.num_nodes}"
+        to_type = "strategy.type=fsdp" + " strategy.device_map=null" * (recipe.strategy.device_map is not None)
+        yield Problem("strategy.type", f"{found}. Leave --hostfile out, or set {to_type}")
+    kinds = Counter((device.name, device.memory_bytes, device.reserved_bytes) for device in cluster.devices)
+    by_hand = device_map is not None and device_map.ranges() is not None
+    if not by_hand and prod(num + 1 for num in kinds.values()) > _MOST_SETS:
+        found = f"{len(kinds)} kinds of devices are more than a placement can be searched for"
+        yield Problem("devices", f"{found}. Write ranges under placement, or name at most {_MOST_KINDS} unlike devices")
+    asked, order = asked_schedule(recipe, device_map), recipe.strategy.pipeline
+    if order != "auto" and asked == "naive" and recipe.strategy.schedule == "auto":
+        found = f"{order} is an order of pipelined stages, the device map says schedule: naive"
+        yield Problem("strategy.pipeline", f"{found}. Set strategy.schedule=pipelined, or remove it")
+
+
 def asked_schedule(recipe: Recipe, device_map: DeviceMap | None) -> str:
     """What the recipe says, or where it leaves that open its device map; else auto."""
     asked = recipe.strategy.schedule
@@ -48,6 +73,8 @@ def not_pipelined(recipe: Recipe, shape: ModelShape, cluster: Cluster) -> str | 
         return f"weights stored in {recipe.model.quantization} are not cut into stages"
     if recipe.adapter.type == "adalora":
         return "adalora shares its ranks out over all layers, of which a stage has some"
+    if recipe.launch.backend == "python":
+        return "launch.backend=python starts one process, and a pipeline has one for each stage"
     if recipe.data.questions:
         return "data.questions are answered by a rank that holds the whole model"
     return None
@@ -66,7 +93,7 @@ def enough_micro_batches(
 ) -> tuple[list[int], Problem | None]:
     """The sizes of a micro batch that give every stage of a pipeline work; what to change where none does."""
     rows, ranges = recipe.train.global_batch, device_map.ranges() if device_map is not None else None
-    least = len(ranges) if ranges else cluster.num_devices
+    least = len(ranges) if ranges else 2  # devices for which there is no micro batch are left out
     enough = [size for size in sizes if rows // size >= least]
     if enough or not sizes:
         return enough, None
@@ -75,9 +102,8 @@ def enough_micro_batches(
     smaller = [size for size in range(rows // least, 0, -1) if rows % size == 0]
     remedies = [f"train.micro_batch={smaller[0]}"] if smaller and recipe.train.micro_batch != "auto" else []
     remedies += [f"train.global_batch={least * min(sizes)}", "strategy.schedule=naive"]
-    message = (
-        f"{found}, a pipeline over {least} devices needs {least}. Set {', '.join(remedies[:-1])} or {remedies[-1]}"
-    )
+    over = f"over {least} devices" if ranges or cluster.num_devices == 2 else "of two stages"
+    message = f"{found}, a pipeline {over} needs {least}. Set {', '.join(remedies[:-1])} or {remedies[-1]}"
     return [], Problem(key, message)
 
 
@@ -103,7 +129,7 @@ def explanations(question: Question, choice: Choice) -> Iterator[Decision]:
         most = in_flight("1f1b", last, micro_batches)
         because = f"a device holds at most {most} micro batches at once; gpipe would hold all {micro_batches}"
         yield Decision(key="strategy.pipeline", value="1f1b", because=because)
-    better = [c for c in choice.others if c.device is not None and c.fits and c.time.total_s < seconds]
+    better = [c for c in choice.others if c.device is not None and c.fits and c.time.total_s < _BETTER * seconds]
     if better:
         best = min(better, key=lambda candidate: candidate.time.total_s)
         alone = f"strategy.type=single strategy.device_map=null hardware='{best.device}'"

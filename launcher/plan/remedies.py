@@ -70,7 +70,7 @@ def _overfull(plan: Plan, ranges: Sequence[tuple[int, int]]) -> str:
     asked = plan.recipe.train.gradient_checkpointing
     option = Option(plan.strategy, None if asked == "auto" else asked, plan.micro_batch, plan.schedule)
     found = []
-    each = needs(question.request(option), plan.cluster, question.way(option), ranges)
+    each = needs(question.request(option), plan.cluster, plan.dtype, question.way(option), ranges)
     for (device, needed), (first, last) in zip(each, ranges, strict=True):
         free = device.memory_bytes - device.reserved_bytes
         if needed > free:

@@ -17,7 +17,8 @@ from launcher.modelshape import ModelShape, trains_head
 from launcher.pipeline import Order
 from launcher.placement import Schedule
 from launcher.plan.model import DTYPE_BYTES, Alternative, Batching, Dtype, Plan, StagePlan, budget_bytes
-from launcher.plan.spreading import Way, spread, time_of_stages
+from launcher.plan.pacing import Way
+from launcher.plan.spreading import spread, time_of_stages
 from launcher.recipe import Recipe
 from launcher.recipe.device_maps import DeviceMap
 from launcher.steptime import StepTime, speed_of, step_time

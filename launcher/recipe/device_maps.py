@@ -21,7 +21,7 @@ from launcher.recipe.reading import located, problems_of
 from launcher.recipe.schema import Auto, Names, Section
 from launcher.recipe.shipped import looked_up, shipped_folder
 
-_RANGE = re.compile(r"(\d+)\s*-\s*(\d+)")
+_RANGE = re.compile(r"([0-9]{1,4})\s*[-–]\s*([0-9]{1,4})")  # the plan itself writes a dash
 _HOW_PLACED = "Write first and last layer of each device, such as [0-12, 13-27], or placement: auto"
 
 

@@ -39,7 +39,8 @@ def batch(plan: Plan) -> str:
     ranks = f"{plan.num_processes} rank{'s' if plan.num_processes > 1 else ''} × accumulation {plan.accumulation}"
     if plan.pipeline is not None:
         ranks = f"{plan.accumulation} through {len(plan.stages)} stages"
-    each = f"on {plan.cluster.num_devices} devices" if plan.strategy == "device_map" else "a device"
+    num = plan.cluster.num_devices
+    each = f"on {num} device{'s' if num > 1 else ''}" if plan.strategy == "device_map" else "a device"
     return (
         f"micro batch {plan.micro_batch} × {ranks} = {plan.global_batch} rows a step · "
         f"{gib(plan.memory.total_bytes)} of {gib(budget_bytes(plan.strategy, plan.cluster))} GiB {each}"
@@ -74,7 +75,7 @@ def show_plan(screen: Console, plan: Plan) -> None:
         try:
             show_chat(screen, chat_plan(plan, plan.cluster, plan.device_map))
         except DoesNotFitError as error:
-            line(screen, "chat", f"{error.found}: {error.to_type}")
+            line(screen, "chat", f"{error.found}; launch chat RUN would need {error.to_type}")
     for place, decision in enumerate(plan.decisions):
         line(screen, "why" if place == 0 else "", f"{decision.key} = {decision.value}: {decision.because}")
     line(screen, "model", f"shape from {as_typed(plan.shape.source)}")
@@ -157,7 +158,8 @@ def _step_time(plan: Plan) -> str:
 
 def _alternative(plan: Plan, other: Alternative) -> str:
     """A way that was not taken, with its figures."""
-    name = f"one {other.device} alone" if other.device else other.schedule or other.strategy
+    alone = (other.device or "").partition(" reserved=")[0]
+    name = f"one {alone} alone" if other.device else other.schedule or other.strategy
     how = f"{name}{', checkpointing' if other.gradient_checkpointing else ''}, micro batch {other.micro_batch}"
     if other.because:
         return f"{name:<44} cannot be: {other.because}"
