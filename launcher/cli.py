@@ -252,7 +252,7 @@ def chat(run_dir: str, device_map: str | None, context: int | None, **options: A
     from launcher.rundir import open_run
 
     run = open_run(run_dir)
-    placed = start.chat_placement(run, device_map, context)
+    placed = start.chat_placement(run, device_map, context, options["max_new_tokens"])
     sys.exit(run_in_foreground("chat", run, options, placed))
 
 

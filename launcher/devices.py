@@ -147,9 +147,12 @@ def _map_of(run: RunDir) -> DeviceMap | None:
     return None
 
 
-def chat_placement(where: RunDir, named: str | None, context: int | None) -> ChatPlan | None:
+def chat_placement(where: RunDir, named: str | None, context: int | None, answer: int = 1) -> ChatPlan | None:
     """Where the layers of a run lie to talk to it: on a device map's cards, or those that it was trained over, where they are
     here. None without either.
+
+    Args:
+        answer: tokens that an answer may have.
 
     Raises:
         UsageError: there is no such device map, or no map at all for a context, or the context is longer than the model's rows may be.
@@ -170,9 +173,15 @@ def chat_placement(where: RunDir, named: str | None, context: int | None) -> Cha
             )
         return None
     cluster = on_this_machine(cluster_of_map(file) if file is not None else plan.cluster)
+    if cluster.kind == "cpu":
+        found = "its devices are processes on the CPU; to talk to it a model is spread over cards"
+        raise UsageError(f"--device-map {named}", found, "leave --device-map out")
     screen = show.console(stderr=True)
     with file.locating() if file is not None else contextlib.nullcontext():
         chat = chat_plan(plan, cluster, file.device_map if file is not None else plan.device_map, context)
+    if answer >= chat.context:
+        room = f"there is room for {chat.context:,} tokens of question and answer, on these cards for {chat.longest:,} at most"
+        raise UsageError(f"--max-new-tokens {answer}", room, "ask for shorter answers, or for more room with --context")
     show.show_chat(screen, chat)
     needs = [(stage.device, stage.memory_bytes) for stage in chat.stages]
     without = f"talk to it on what is here: launch chat {where.path}"

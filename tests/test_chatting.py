@@ -127,6 +127,17 @@ def test_the_cards_of_a_named_map_have_to_be_here(
     assert "GiB for 4,096 tokens of question and answer" in told
 
 
+def test_what_cannot_be_asked_of_a_talk_is_said_before_a_model_is_loaded(trained: Plan, tmp_path: Path) -> None:
+    run, cpus = run_of(trained, tmp_path / "run"), tmp_path / "cpus.yaml"
+    cpus.write_text("devices: [2xcpu]\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="a model is spread over cards"):
+        chat_placement(run, str(cpus), None)
+    with pytest.raises(
+        UsageError, match="there is room for 4,096 tokens of question and answer, on these cards for 32,768"
+    ):
+        chat_placement(run, "2gpu-mixed", None, 5000)
+
+
 def test_the_cards_that_a_run_was_trained_on_need_not_be_here(
     trained: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

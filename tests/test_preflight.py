@@ -549,7 +549,7 @@ def spread_over(*names: str) -> Plan:
         (("RTX 3060 Ti", "RTX 3060 12GiB"), None),
         (("RTX 3060 12GiB", "RTX 3060 Ti"), "RTX 3060 12GB is here instead of RTX 3060 Ti"),
         (("RTX 3060 Ti",), r"2 devices planned, 1 here \(RTX 3060 Ti\)"),
-        (("RTX 3060 Ti reserved=8GiB", "RTX 3060 12GiB"), "RTX 3060 Ti has 0.0 GiB free, 0.6 GiB are planned"),
+        (("RTX 3060 Ti reserved=8000MiB", "RTX 3060 12GiB"), "RTX 3060 Ti has 0.2 GiB free, 0.6 GiB are planned"),
     ],
 )
 def test_the_cards_of_a_device_map_have_to_be_the_planned_ones(here: tuple[str, ...], found: str | None) -> None:

@@ -13,7 +13,7 @@ from launcher.modelshape import ModelShape
 from launcher.pipeline import in_flight
 from launcher.placement import Schedule
 from launcher.plan.model import Decision
-from launcher.plan.searching import Candidate, Choice, Question
+from launcher.plan.searching import FREE_SHARE, Candidate, Choice, Question
 from launcher.recipe import Recipe
 from launcher.recipe.device_maps import DeviceMap
 
@@ -124,6 +124,8 @@ def explanations(question: Question, choice: Choice) -> Iterator[Decision]:
         else:
             because = f"not {other.option.schedule}: {other.because}"
         yield Decision(key="strategy.schedule", value=str(option.schedule), because=because)
+    if len(chosen.stages) > 1:
+        yield Decision(key="placement", value=_layers_of(chosen), because=_why_so(question, chosen))
     if option.schedule == "pipelined" and recipe.strategy.pipeline == "auto":
         micro_batches, last = question.accumulation(option), len(chosen.stages) - 1
         most = in_flight("1f1b", last, micro_batches)
@@ -135,6 +137,32 @@ def explanations(question: Question, choice: Choice) -> Iterator[Decision]:
         alone = f"strategy.type=single strategy.device_map=null hardware='{best.device}'"
         because = f"{seconds / best.time.total_s:.2f} × as fast by itself: {alone}"
         yield Decision(key="warning", value=f"one {best.device} is enough", because=because)
+
+
+def _layers_of(chosen: Candidate) -> str:
+    """`16 | 12 layers`, in the order of the stages."""
+    return " | ".join(str(stage.stop - stage.first) for stage in chosen.stages) + " layers"
+
+
+def _why_so(question: Question, chosen: Candidate) -> str:
+    """How the layers came to lie where they do."""
+    if question.device_map is not None and question.device_map.ranges() is not None:
+        return "written down in the device map"
+    devices = [question.cluster.devices[stage.device] for stage in chosen.stages]
+    left = [
+        device.memory_bytes - device.reserved_bytes - stage.memory_bytes
+        for device, stage in zip(devices, chosen.stages, strict=True)
+    ]
+    free = all(
+        spare >= FREE_SHARE * (device.memory_bytes - device.reserved_bytes)
+        for device, spare in zip(devices, left, strict=True)
+    )
+    what = (
+        f"that leaves {FREE_SHARE:.0%} of every card free"
+        if free
+        else "that fits; no card could be left with room to spare"
+    )
+    return f"the fastest {what}"
 
 
 def why_micro_batches(question: Question, chosen: Candidate, sizes: Sequence[int]) -> str:
