@@ -153,7 +153,7 @@ def measure(name: str, order: str, folder: Path, steps: int, kept: Kept) -> tupl
     file.write_text(f"devices: [{len(plan.stages)}xcpu]\nschedule: pipelined\nplacement: [{placed}]\n")
     override = ["strategy.type=device_map", f"strategy.device_map={file}", f"strategy.pipeline={order}"]
     naive, pipelined = kept[of_waits], run(work / order, emulated, waits, override)
-    wanted = plan.time.total_s
+    wanted = plan.time.total_s - plan.time.optimizer_s  # these cards compute layers, and a small optimizer for real
     if pipelined < wanted:
         raise SystemExit(
             f"{name}, {order}: {pipelined:.3f} s a step that waits {wanted:.3f} s: its layers did not wait"

@@ -27,6 +27,7 @@ from launcher.steptime import PCIE_BYTES_S, Speed, head_seconds, layer_seconds, 
 CONTEXT_TOKENS = 4096  # room for question and answer together, where nobody asks for another
 # A long question is read in pieces, so that what a layer works with does not grow with it.
 PIECE_TOKENS = 512
+_NOBODY_SAYS_MORE = 2**17  # where a config has no longest row
 _ROUND = 256  # so many tokens more or less are not worth a word
 
 
@@ -35,8 +36,8 @@ class ChatPlan(BaseModel):
 
     Args:
         stages: in the order of the layers; their seconds are of one token.
-        context: tokens that there is room for, question and answer; longest: the most that these devices have room for so, and that the
-            model was made for.
+        context: tokens that there is room for, question and answer; longest: the most that there could be on these devices, and that
+            the model was made for.
         cache_bytes: keys and values of `context` tokens, on all devices together.
         in_host: so many of the first layers lie in host memory; host_bytes: their weights.
         piece: tokens of a question that are read at once; None where the model reads it as a whole.
@@ -92,7 +93,8 @@ def chat_plan(plan: Plan, cluster: Cluster, device_map: DeviceMap | None, contex
         for spared in (FREE_SHARE, 0.0):  # cards are filled to the last byte only where that spares the host
             found_so = _placed(plan, cluster, device_map, context, in_host, spared)
             if found_so is not None:
-                return _as_planned(plan, cluster, found_so, context, in_host)
+                longest = _most_tokens(plan, cluster, device_map, most or _NOBODY_SAYS_MORE)
+                return _as_planned(plan, cluster, found_so, context, max(context, longest), in_host)
     raise _too_much(plan, cluster, device_map, context)
 
 
@@ -163,26 +165,27 @@ def _too_much(plan: Plan, cluster: Cluster, device_map: DeviceMap | None, contex
         remedies.append("placement: auto in the device map")
     if plan.recipe.model.quantization != "none":
         remedies.append("cards with more memory: quantised layers are not kept in host memory")
-    elif device_map is None or device_map.spill == "none":
+    elif (device_map is None or device_map.spill == "none") and _with_spill(plan, cluster, context):
         remedies.append(f"spill: host{' and placement: auto' if by_hand else ''} in the device map")
     return DoesNotFitError(
         f"to talk to {plan.name} on {' + '.join(device.name for device in cluster.devices)}",
         f"{weights / GIB:.1f} GiB of weights and {cache / GIB:.1f} GiB of cache for {context:,} tokens "
         f"on {free / GIB:.1f} GiB free together",
-        ", or ".join(remedies) or "use cards with more memory: not even embedding and head have room",
+        ", or ".join(remedies)
+        or "use cards with more memory: there is no room for embedding, head and the cache of a short talk",
     )
 
 
-def _as_planned(plan: Plan, cluster: Cluster, found: Placement, context: int, in_host: int) -> ChatPlan:
+def _with_spill(plan: Plan, cluster: Cluster, context: int) -> bool:
+    """Whether there is room with all layers in host memory."""
+    return _placed(plan, cluster, None, context, plan.shape.num_layers, 0.0) is not None
+
+
+def _as_planned(plan: Plan, cluster: Cluster, found: Placement, context: int, longest: int, in_host: int) -> ChatPlan:
     """What is found, with the layers counted from the first in host memory on."""
-    sizes, request, last = _sizes(plan), _request(plan, _piece(plan, context)), len(found.stages) - 1
-    stages, longest = [], float("inf")
+    sizes, last, stages = _sizes(plan), len(found.stages) - 1, []
     for at, stage in enumerate(found.stages):
-        device, is_first = cluster.devices[stage.device], at == 0
-        spare = _budget_bytes(device) - stage.memory_bytes
-        num = stage.stop - stage.start + (in_host if is_first else 0)
-        growing = num * sizes.cached + _working_bytes(request, context + 1) - _working_bytes(request, context)
-        longest = min(longest, context + spare / max(1, growing))
+        is_first = at == 0
         stages.append(
             StagePlan(
                 device=stage.device,
@@ -197,12 +200,11 @@ def _as_planned(plan: Plan, cluster: Cluster, found: Placement, context: int, in
                 waits=0.0,
             )
         )
-    room = max(context, int(longest) // _ROUND * _ROUND)
     return ChatPlan(
         cluster=cluster,
         stages=tuple(stages),
         context=context,
-        longest=min(room, plan.shape.max_tokens or room),
+        longest=longest,
         cache_bytes=plan.shape.num_layers * sizes.cached * context,
         in_host=in_host,
         host_bytes=in_host * sizes.stored,
