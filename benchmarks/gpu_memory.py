@@ -106,7 +106,6 @@ def _cells(found: dict[str, int]) -> list[str]:
 def measure(case: dict[str, Any]) -> dict[str, int]:
     """One case in this process: bytes predicted and found; only predicted, where it does not fit."""
     import torch
-
     from oracle import Steps, build, planned, trainer_of
 
     plan = planned(case["recipe"])

@@ -123,9 +123,8 @@ def batches(plan: Any, steps: int) -> Iterator[list[Any]]:
 
 def measure(way: str, num_steps: int) -> dict[str, Any]:
     """One way in this process."""
-    import torch
-
     import oracle
+    import torch
 
     peak = matmul_flops()
     plan = plan_of(way, torch.cuda.mem_get_info()[0])

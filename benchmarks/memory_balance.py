@@ -24,13 +24,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import oracle
 import torch
 from memory_honesty import catalogued
 from oracle.ledger import Ledger
 from page import Page
 from peers.task import encoded_rows
 
-import oracle
 from launcher.memory import GIB
 from launcher.plan import Plan
 from launcher.worker.data.batches import RankBatches, StepOrder
