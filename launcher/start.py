@@ -64,7 +64,7 @@ def asked(recipe: str | None, overrides: tuple[str, ...], where: Where) -> Asked
     found = load_device_map(where.device_map)
     path, own = found.path, found.device_map.recipe
     if recipe is None and own is None:
-        to_type = f"name one: launch RECIPE --device-map {where.device_map}"
+        to_type = f"name one of `launch recipes`: launch RECIPE --device-map {where.device_map}"
         raise UsageError(f"--device-map {where.device_map}", "it names no recipe of its own", to_type)
     if recipe is None and not (path.parent / str(own)).is_file():
         with found.locating():

@@ -95,8 +95,9 @@ def show_chat(screen: Console, chat: ChatPlan) -> None:
     line(screen, "chat", where)
     most = f", for {chat.longest:,} at most" if chat.longest > chat.context else ""
     room = f"{gib(chat.cache_bytes)} GiB for {chat.context:,} tokens of question and answer{most}"
+    speed = f"{chat.tokens_per_second:,.0f}" if chat.tokens_per_second >= 10 else f"{chat.tokens_per_second:.2g}"
     fetched = f"; layers 0–{chat.in_host - 1} in host memory ({gib(chat.host_bytes)} GiB), fetched for each token"
-    line(screen, "", f"cache {room}; about {chat.tokens_per_second:.2g} tokens/s{fetched if chat.in_host else ''}")
+    line(screen, "", f"cache {room}; about {speed} tokens/s{fetched if chat.in_host else ''}")
 
 
 def _chat_stage(chat: ChatPlan, stage: StagePlan) -> str:
@@ -108,7 +109,8 @@ def _chat_stage(chat: ChatPlan, stage: StagePlan) -> str:
 
 def _parts(stage: StagePlan) -> list[str]:
     """What of the model lies on a device."""
-    layers = f"layers {stage.first}–{stage.stop - 1}" if stage.stop > stage.first else "no layer"
+    num = stage.stop - stage.first
+    layers = f"layers {stage.first}–{stage.stop - 1}" if num > 1 else f"layer {stage.first}" if num else "no layer"
     return [*(["embedding"] if stage.embedding else []), layers, *(["norm, head"] if stage.head else [])]
 
 
