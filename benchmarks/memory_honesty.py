@@ -96,6 +96,7 @@ class Way(NamedTuple):
     batching: str
     accumulation: int
     quantization: str = "none"
+    dtype: str = "auto"
 
 
 WAYS: dict[str, Way] = {
@@ -108,6 +109,7 @@ WAYS: dict[str, Way] = {
     "full, checkpointing, fsdp on 8, 4 × 2048": Way(FULL, True, 4, 2048, "fsdp", 8, "padded", 1),
     "full, fsdp on 8, 1 × 2048": Way(FULL, False, 1, 2048, "fsdp", 8, "padded", 2),
     "LoRA, fsdp on 8, 1 × 512": Way(LORA, False, 1, 512, "fsdp", 8, "padded", 1),
+    "LoRA, fp16 without flash attention, 2 × 1024": Way(LORA, False, 2, 1024, "single", 1, "padded", 1, dtype="fp16"),
     "LoRA over int8, 1 × 512": Way(LORA, False, 1, 512, "single", 1, "padded", 1, "int8"),
     "LoRA all-linear over int8, checkpointing, 2 × 2048": Way(WIDE, True, 2, 2048, "single", 1, "padded", 1, "int8"),
     "LoRA over nf4, checkpointing, 1 × 512": Way(LORA, True, 1, 512, "single", 1, "padded", 1, "nf4"),
@@ -115,10 +117,10 @@ WAYS: dict[str, Way] = {
 }
 
 
-def recipe_of(config: dict[str, Any], way: Way, dtype: str = "auto") -> dict[str, Any]:
+def recipe_of(config: dict[str, Any], way: Way) -> dict[str, Any]:
     """The recipe of a case, but for its data and its hardware."""
     return {
-        "model": {"config": config, "dtype": dtype, "quantization": way.quantization},
+        "model": {"config": config, "dtype": way.dtype, "quantization": way.quantization},
         "data": {"max_length": way.length, "batching": way.batching},
         "adapter": way.adapter,
         "strategy": {"type": way.strategy},
@@ -254,7 +256,10 @@ def ranks(page: Page, kept: Kept) -> None:
     strategies += ["zero2", "zero3"] if has_deepspeed else []
     for strategy in strategies:
         cases = [
-            (f"{strategy}, {family}, {width}, {name}", recipe_of(_small(family, width, more), way, "fp32"))
+            (
+                f"{strategy}, {family}, {width}, {name}",
+                recipe_of(_small(family, width, more), way._replace(dtype="fp32")),
+            )
             for family, more in FAMILIES.items()
             for width in WIDTHS
             for name, way in rank_ways(strategy)

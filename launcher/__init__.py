@@ -1,6 +1,7 @@
 """A training launcher for language models on several GPUs. Read the files in this order; each imports only from those above it.
 
     errors       every error a person can cause, and its exit code
+    installed    versions of packages
     rundir       the name of every file in a run directory
     manifest     the commit marker of a checkpoint; which one is valid
     recipe/      YAML -> checked, frozen Recipe
@@ -13,6 +14,7 @@
     remotecode/  the .py files of a model -> found, looked at, pinned, staged
     memory/      bytes of a device, in parts
     steptime     seconds of a step, in parts
+    shares       unlike cards -> the tokens of each
     pipeline     micro batches through stages -> seconds, waiting
     placement    layers -> unlike devices
     plan/        (Recipe, Cluster, ModelShape) -> Plan
@@ -22,7 +24,10 @@
     causes       what ended a rank -> words and what to type
     report       files of a run -> who failed first, and why
     story        files of a run -> its numbers, report.json
+    mirror       a node without the run directory -> its copy, and what comes back
     agent        on every node of several: looks around, starts, ends
+    connecting   a node -> what starts its agent, by ssh or srun
+    sending      what a node without the run directory is sent
     nodes        the nodes of a run: started, followed, ended
     handshake    several nodes: each as this one? where do they meet?
     stacks       where the ranks of this machine are

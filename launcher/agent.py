@@ -5,6 +5,8 @@ launcher was killed or the connection broke, or nothing comes for `SILENCE_SECON
 started here ends. Nothing that comes in is ever given to a shell.
 
 look      what is here: versions, code, devices, clock, and whether the run directory is the launcher's   -> looked
+mirror    it is not, and a copy is there by now: from now on bring back what changes in it      -> file, again and again
+stacks    the same for the wish that ranks write down where they are, which stands in the launcher's
 listen    take a port, and answer there with a word for `reach` while the node is prepared                -> listening
 reach     whether an address of the first node answers with that word, and by which interface             -> reached
 start     a command, with its log; if it is not the one that prepares, the port is its own now            -> ended
@@ -18,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -31,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import launcher
+from launcher.installed import version_of
+from launcher.mirror import Mirror, occupied
 from launcher.processes import NodeCommand, end, recorded, start
 from launcher.rundir import RunDir
 
@@ -40,6 +43,10 @@ SILENCE_SECONDS = 20.0
 _LONGEST_CACHE_SECONDS = 5.0
 _REACH_SECONDS = 5.0
 _POLL_SECONDS = 0.1
+# As often as ranks write their heartbeats.
+_SECONDS_BETWEEN_MIRRORINGS = 0.5
+_MOST_UNSAID_BYTES = 2**20
+_LAST_ROUNDS = 16
 
 
 class Agent:
@@ -53,15 +60,20 @@ class Agent:
         self.process: subprocess.Popen[bytes] | None = None
         self.listener: socket.socket | None = None
         self.callers: list[socket.socket] = []
+        self.mirror: Mirror | None = None
+        self._mirrored = 0.0
+        self._unsaid = bytearray()
 
     def serve(self) -> None:
         """Do what the launcher says until it is gone; nothing that was started outlives this."""
-        os.set_blocking(0, False)
+        for descriptor in (0, 1):  # nobody may wait here for a network that is cut
+            os.set_blocking(descriptor, False)
         rest = b""
         try:
             while time.monotonic() - self.heard < SILENCE_SECONDS:
                 waits_for: list[Any] = [0] + ([self.listener] if self.listener else [])
-                ready, _, _ = select.select(waits_for, [], [], _POLL_SECONDS)
+                ready, _, _ = select.select(waits_for, [1] if self._unsaid else [], [], _POLL_SECONDS)
+                self._speak()
                 if self.listener in ready:
                     self._answer()
                 if 0 in ready:
@@ -74,19 +86,26 @@ class Agent:
                         self._obey(json.loads(line) if line else {})
                 if self.process is not None and self.process.poll() is not None:
                     self._end()
+                elif time.monotonic() - self._mirrored > _SECONDS_BETWEEN_MIRRORINGS:
+                    self._bring_back()
         finally:
             self._end()
+            self._last_words()
 
     def _obey(self, message: dict[str, Any]) -> None:
         what = message.pop("do", None)
         if what is None:
-            say(event="alive")
+            self.say(event="alive")
         elif what == "look":
-            say(event="looked", **self.look(message))
+            self.say(event="looked", **self.look(message))
         elif what == "listen":
-            say(event="listening", **self.listen(**message))
+            self.say(event="listening", **self.listen(**message))
         elif what == "reach":
-            say(event="reached", **reach(**message))
+            self.say(event="reached", **reach(**message))
+        elif what == "mirror":
+            self.mirror = Mirror(self.run)
+        elif what == "stacks":
+            self.run.stacks_asked.touch()
         elif what == "start":
             self.start(**message)
         elif what == "end":
@@ -110,8 +129,9 @@ class Agent:
             "python": platform.python_version(),
             "launcher": launcher.__version__,
             "code": code_hash(),
-            "packages": {name: version_of(name) for name in asked["packages"]},
-            "shared": shared_by(self.run, self.rank, self.word),
+            "packages": {name: version_of(name) or "none" for name in asked["packages"]},
+            "shared": (problem := shared_by(self.run, self.rank, self.word)),
+            "occupied": occupied(self.run) if problem else "",
             "missing": [path for path in asked["paths"] if not os.path.exists(path)],
             "clock": time.time(),
             "devices": _devices() if asked["kind"] == "cuda" else None,
@@ -142,7 +162,7 @@ class Agent:
             with open(log, "ab") as file:
                 self.process = start(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
         except OSError as error:
-            say(event="ended", code=127, why=f"{error.filename or argv[0]}: {error.strerror}")
+            self.say(event="ended", code=127, why=f"{error.filename or argv[0]}: {error.strerror}")
 
     def _give_port(self) -> None:
         for one in (*self.callers, self.listener):
@@ -157,13 +177,44 @@ class Agent:
         process, self.process = self.process, None
         code = process.poll()
         end(process, recorded(self.run, self.rank, self.ranks))
-        say(event="ended", code=process.returncode if code is None else code)
+        self._bring_back(_LAST_ROUNDS)
+        self.say(event="ended", code=process.returncode if code is None else code)
 
+    def _bring_back(self, rounds: int = 1) -> None:
+        """What has changed in a copy of the run directory; later, where the launcher has not taken in the last of it.
 
-def say(**message: Any) -> None:
-    """Tell the launcher; where it is gone, the closed input says so."""
-    with contextlib.suppress(OSError):
-        os.write(1, json.dumps(message).encode() + b"\n")
+        Args:
+            rounds: at most so many pieces of each log.
+        """
+        self._mirrored = time.monotonic()
+        if self.mirror is None or (len(self._unsaid) > _MOST_UNSAID_BYTES and rounds == 1):
+            return
+        for _ in range(rounds):
+            changes = list(self.mirror.changes())
+            for change in changes:
+                self.say(event="file", **change)
+            if not changes:
+                break
+
+    def say(self, **message: Any) -> None:
+        """Tell the launcher; where it is gone, the closed input says so."""
+        self._unsaid += json.dumps(message).encode() + b"\n"
+        self._speak()
+
+    def _speak(self) -> None:
+        try:
+            while self._unsaid:
+                del self._unsaid[: os.write(1, self._unsaid)]
+        except BlockingIOError:
+            return  # more when there is room
+        except OSError:
+            self._unsaid.clear()  # nobody listens any more, and the closed input will say so
+
+    def _last_words(self) -> None:
+        deadline = time.monotonic() + 1.0
+        while self._unsaid and time.monotonic() < deadline:
+            self._speak()
+            time.sleep(_POLL_SECONDS / 4)
 
 
 def code_hash() -> str:
@@ -239,14 +290,6 @@ def _devices() -> list[dict[str, Any]]:
 
     found = found_on_this_machine()
     return [device.model_dump(mode="json") for device in found.devices] if found.kind == "cuda" else []
-
-
-def version_of(package: str) -> str:
-    """Its version, `none` where it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
 
 
 def main() -> None:

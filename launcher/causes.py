@@ -11,7 +11,9 @@ from typing import Any
 
 from launcher.cluster import GIB
 from launcher.plan import Plan
+from launcher.shares import most_rows
 
+_ROWS_SHOWN = 6
 _OUT_OF_MEMORY = "OutOfMemoryError"
 _HOST_MEMORY = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory|Cannot allocate memory|std::bad_alloc"
@@ -76,8 +78,9 @@ def reason_of(error: dict[str, Any], plan: Plan) -> Reason | None:
         return Reason("", f"launch resume RUN {_smaller(plan)}", tuple(_of_memory(error, plan)))
     if kind == "MemoryError" or _HOST_MEMORY.search(message):
         left = error.get("memory", {}).get("available")
-        note = (f"{_gib(left)} of host memory were left",) if left else ()
-        return Reason("host memory is full", f"launch resume RUN {_smaller(plan)}, or fewer ranks: --nproc", note)
+        notes = [f"{_gib(left)} of host memory were left"] if left else []
+        to_type = f"launch resume RUN {_smaller(plan)}, or fewer ranks: --nproc"
+        return Reason("host memory is full", to_type, (*notes, *_of_batch(error, plan)))
     if kind in ("ImportError", "ModuleNotFoundError", "OSError", "AttributeError", "RuntimeError", "AcceleratorError"):
         for pattern, found, to_type in _KNOWN:
             if re.search(pattern, message):
@@ -120,16 +123,29 @@ def killed(oom_kills: int | None, beat: dict[str, Any], plan: Plan) -> Reason:
 
 def _of_memory(error: dict[str, Any], plan: Plan) -> list[str]:
     """Planned and found, and the batch that did it."""
-    device = plan.cluster.devices[plan.device_of(int(error["rank"]))]
-    notes = [f"planned {_gib(plan.fullest_bytes)} of {_gib(device.memory_bytes)} on {device.name}"]
+    rank = int(error["rank"])
+    device = plan.cluster.devices[plan.device_of(rank)]
+    planned = plan.rank_bytes[rank] if plan.rank_bytes else plan.fullest_bytes
+    notes = [f"planned {_gib(planned)} of {_gib(device.memory_bytes)} on {device.name}"]
     taken = error.get("memory") or {}
     if "reserved" in taken:
         others = taken["total"] - taken["free"] - taken["reserved"]
         notes[0] += f"; this rank had {_gib(taken['reserved'])}, others {_gib(max(0, others))}"
-    if error.get("batch"):
-        rows, tokens = error["batch"]
-        most = plan.micro_batch * plan.recipe.data.max_length
-        notes.append(f"this batch had {rows} × {tokens:,} = {rows * tokens:,} tokens; the plan is for {most:,} at most")
+    return [*notes, *_of_batch(error, plan)]
+
+
+def _of_batch(error: dict[str, Any], plan: Plan) -> list[str]:
+    """The micro batch that was worked on: its size, and which rows it is made of; under a pipeline those of the whole step."""
+    if not error.get("batch"):
+        return []
+    rows, tokens, places = error["batch"]
+    most_of_all = most_rows(plan.shares, plan.micro_batch) if plan.shares else None
+    most = (most_of_all[int(error["rank"])] if most_of_all else plan.micro_batch) * plan.recipe.data.max_length
+    notes = [f"this batch had {rows} × {tokens:,} = {rows * tokens:,} tokens; the plan is for {most:,} at most"]
+    if places:
+        more = f" and {len(places) - _ROWS_SHOWN} more" if len(places) > _ROWS_SHOWN else ""
+        what = "rows of this step" if plan.pipeline is not None else "its rows"
+        notes.append(f"{what}, the longest first: {', '.join(places[:_ROWS_SHOWN])}{more}")
     return notes
 
 

@@ -12,10 +12,10 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from launcher.cluster import Device, is_here
+from launcher.installed import version_of
 from launcher.plan import Plan
 from launcher.processes import NodeCommand
 from launcher.rundir import RunDir, cache_folder
@@ -88,7 +88,7 @@ def prepare_command(plan: Plan, run: RunDir, node_rank: int | None = None) -> No
     env = worker_environment(plan) | _sealed(plan, run) | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(_cores())}
     # Prepare is the one step that may download, and tokenising wants all cores; ranks may do neither.
     for name in ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM"):
-        del env[name]
+        env.pop(name, None)
     host = plan.cluster.nodes[node_rank or 0].host
     argv: tuple[str, ...] = (sys.executable, "-m", "launcher.worker.prepare", str(run.plan))
     if node_rank is not None:
@@ -107,9 +107,15 @@ def worker_environment(plan: Plan, node_rank: int = 0) -> dict[str, str]:
     devices: Sequence[Device] = [plan.cluster.devices[stage.device] for stage in plan.stages]
     devices = devices or plan.cluster.nodes[node_rank].devices
     env = rank_environment(devices, min(plan.num_processes, len(devices)))
+    paths = plan.recipe.data.path
+    if any(path.startswith("hf://") for path in ([paths] if isinstance(paths, str) else paths)):
+        del env["HF_HUB_OFFLINE"]  # the rows of a stream come from there
+    if plan.recipe.train.compile:  # what is compiled once is there for the next run
+        folder = cache_folder() / f"compiled-py3.{sys.version_info.minor}-torch-{version_of('torch') or 'none'}"
+        env["TORCHINDUCTOR_CACHE_DIR"] = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or str(folder)
     if plan.deepspeed is not None:
         # Operators that are compiled: kept by library versions, and by the ninja of this environment and no other.
-        versions = "-".join(_version(name) for name in ("torch", "deepspeed"))
+        versions = "-".join(version_of(name) or "none" for name in ("torch", "deepspeed"))
         folder = cache_folder() / f"operators-py3.{sys.version_info.minor}-{versions}"
         env["TORCH_EXTENSIONS_DIR"] = os.environ.get("TORCH_EXTENSIONS_DIR") or str(folder)
         env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
@@ -185,14 +191,6 @@ def _deepspeed(plan: Plan, rendezvous: Rendezvous | None, node_rank: int) -> tup
         "--module",
         "launcher.worker",
     )
-
-
-def _version(package: str) -> str:
-    """Its version, `none` where it is not installed: commands are shown on machines that cannot run them."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
 
 
 def _cores() -> int:

@@ -7,7 +7,6 @@ they are, and transformers is not changed. A fix without a range is about a mist
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 from dataclasses import dataclass
 
@@ -88,14 +87,6 @@ def fix_named(name: str) -> Fix:
 def fixes_for(family: str, version: str | None) -> tuple[Fix, ...]:
     """The fixes of a family under a version of transformers."""
     return tuple(fix for fix in FIXES if family in fix.families and fix.is_for(version))
-
-
-def transformers_version() -> str | None:
-    """The installed version, without importing it; None where there is none."""
-    try:
-        return importlib.metadata.version("transformers")
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -44,6 +44,11 @@ class UsageError(LaunchError):
     exit_code = 2
 
 
+def counted(num: int, what: str) -> str:
+    """`1 device`, `8 devices`, `8,000 devices`."""
+    return f"{num:,} {what}{'' if num == 1 else 's'}"
+
+
 @dataclass(frozen=True)
 class Problem:
     """One mistake in a recipe.
@@ -69,7 +74,7 @@ class RecipeError(UsageError):
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         num = len(problems)
-        super().__init__("recipe", f"{num} error{'s' if num > 1 else ''}, nothing was started", "mend the lines above")
+        super().__init__("recipe", f"{counted(num, 'error')}, nothing was started", "mend the lines above")
         self.problems = tuple(problems)
 
     def __str__(self) -> str:

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import launcher
-from launcher.agent import code_hash, version_of
+from launcher.agent import code_hash
 from launcher.cluster import Device, is_here, same_card
 from launcher.command import Rendezvous
 from launcher.errors import PreflightError
+from launcher.installed import version_of
 from launcher.nodes import Connection, SeveralNodes, all_of
 from launcher.plan import Plan
 from launcher.preflight.finding import size
 from launcher.report import last_lines
-from launcher.rundir import write_atomic
+from launcher.rundir import write_atomic, write_json
+from launcher.sending import why_not_copied
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
 # Python's start and the hash of the code, from a slow shared disk.
@@ -67,7 +69,7 @@ def handshake(nodes: SeveralNodes, tell: Callable[[dict[str, Any]], None]) -> No
     }
     looked = nodes.ask("looked", plan.recipe.launch.ssh.timeout_s + _LOOK_SECONDS, asked)
     own: dict[str, Any] = {"python": platform.python_version(), "launcher": launcher.__version__, "code": code_hash()}
-    own["packages"] = {name: version_of(name) for name in _packages(plan)}
+    own["packages"] = {name: version_of(name) or "none" for name in _packages(plan)}
     problems = [
         problem
         for one in nodes.connections
@@ -77,17 +79,28 @@ def handshake(nodes: SeveralNodes, tell: Callable[[dict[str, Any]], None]) -> No
         word.unlink(missing_ok=True)
     if problems:
         raise all_of(problems)
+    if nodes.copies:
+        write_json(run.mirrored, {"nodes": sorted(nodes.copies)})
     reached = _meet(nodes, looked)
-    tell({"event": "nodes", "nodes": [_row(one, looked[one.rank], reached[one.rank]) for one in nodes.connections]})
+    rows = [
+        {**_row(one, looked[one.rank], reached[one.rank]), "has_copy": one.rank in nodes.copies}
+        for one in nodes.connections
+    ]
+    tell({"event": "nodes", "nodes": rows})
+
+
+def _data(plan: Plan) -> list[str]:
+    """Paths of the recipe's rows; what a stream reads from elsewhere is for each node to reach."""
+    data = plan.recipe.data
+    named = [data.path, data.eval.path if data.eval else None]
+    paths = [path for one in named if one for path in ([one] if isinstance(one, str) else one)]
+    return [path for path in paths if "://" not in path]
 
 
 def _needed(plan: Plan) -> list[str]:
     """Paths of the recipe that every node reads; what is on a hub is fetched by each."""
-    data, model = plan.recipe.data, plan.recipe.model
-    named = [data.path, data.eval.path if data.eval else None]
-    paths = [path for one in named if one for path in ([one] if isinstance(one, str) else one)]
-    local = [model.path] if model.path is not None and Path(model.path).exists() else []
-    return [*paths, *local]
+    folders = (plan.recipe.model.path, plan.recipe.checkpoint.init_from)
+    return [*_data(plan), *(path for path in folders if path is not None and Path(path).exists())]
 
 
 def _packages(plan: Plan) -> list[str]:
@@ -125,29 +138,43 @@ def _compared(
         pairs = ", ".join(f"{name} {found['packages'][name]} (here {own['packages'][name]})" for name in other)
         wanted = " ".join(f"{name}=={own['packages'][name]}" for name in other)
         yield PreflightError(one.name, f"has {pairs}", f"there: pip install {wanted}")
+    data = _data(nodes.plan)
     if found["shared"] or not nodes.run.word_of(one.rank).exists():
         to_type = "name one on a file system that all nodes share: launch.run_dir=DIR"
-        problem = found["shared"] or "what is written there does not arrive here"
-        yield PreflightError(f"{one.name}: run directory {nodes.run.path.absolute()}", problem, to_type)
+        problem = _no_copy(nodes.plan, one.rank, found)
+        if problem:
+            yield PreflightError(f"{one.name}: run directory {nodes.run.path.absolute()}", problem, to_type)
+        else:
+            nodes.copies[one.rank] = any(path in data for path in found["missing"])
     for path in found["missing"]:
+        if one.rank in nodes.copies and path in data:
+            continue  # it gets the prepared rows
         yield PreflightError(
             f"{one.name}: {path}", "is not there", "copy it there, to the same path, or share its folder"
         )
     if nodes.plan.kind == "cuda":
-        yield from _other_cards(
-            one, nodes.plan.memory.total_bytes, [Device.model_validate(device) for device in found["devices"]]
-        )
+        before = sum(len(node.devices) for node in nodes.plan.cluster.nodes[: one.rank])
+        needs = [nodes.plan.bytes_of(before + place) for place in range(len(one.node.devices))]
+        yield from _other_cards(one, needs, [Device.model_validate(device) for device in found["devices"]])
 
 
-def _other_cards(one: Connection, needed: int, there: list[Device]) -> Iterator[PreflightError]:
-    """Fewer cards, others, or fuller ones than planned; `needed` bytes on each."""
+def _no_copy(plan: Plan, rank: int, found: dict[str, Any]) -> str:
+    """Why a node that does not see the run directory cannot be given a copy of it; empty where it can."""
+    if not found["shared"]:
+        return "what is written there does not arrive here"
+    reason = found["occupied"] or why_not_copied(plan, rank)
+    return f"{found['shared']}; and there can be no copy of it: {reason}" if reason else ""
+
+
+def _other_cards(one: Connection, needs: list[int], there: list[Device]) -> Iterator[PreflightError]:
+    """Fewer cards, others, or fuller ones than planned; so many bytes are needed on each."""
     wanted = max(device.index for device in one.node.devices) + 1
     if len(there) < wanted:
         name = one.node.host
         to_type = f"write: {name} slots={len(there)}" if there else f"leave it out: --exclude {name}"
         yield PreflightError(one.name, f"has {len(there)} cards, slot {wanted - 1} is to be used", to_type)
         return
-    for planned in one.node.devices:
+    for planned, needed in zip(one.node.devices, needs, strict=True):
         if not same_card(planned, there[planned.index]):
             found = f"card {planned.index} is {there[planned.index].name}, planned is {planned.name}"
             yield PreflightError(one.name, found, "name what is there in `hardware`, or leave it out: --exclude")
@@ -196,8 +223,9 @@ def _addresses(nodes: SeveralNodes, looked: dict[int, dict[str, Any]], own: dict
         shown = [words[0] for rank, words in seen.items() if rank]  # who has come to the others
     else:
         shown = [words[2] for rank, words in seen.items() if rank == 0]
-    outside = [address for address in own if not address.startswith(("127.", "fe80:")) and address != "::1"]
-    return list(dict.fromkeys([*shown, *outside, "127.0.0.1"]))
+    # A link-local address is one beside the name of an interface, which no other host knows.
+    outside = [address for address in (*shown, *own) if not address.startswith(("127.", "fe80:")) and address != "::1"]
+    return list(dict.fromkeys([*outside, *shown, "127.0.0.1"]))
 
 
 def _row(one: Connection, found: dict[str, Any], reached: dict[str, Any]) -> dict[str, Any]:

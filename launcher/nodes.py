@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import secrets
-import shlex
 import subprocess
 import threading
 import time
@@ -20,13 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from launcher.agent import SILENCE_SECONDS
-from launcher.cluster import Node, is_here, nodes_of_job
-from launcher.command import Rendezvous, node_commands, prepare_command, python_on
+from launcher.cluster import Node, is_here
+from launcher.command import Rendezvous, node_commands, prepare_command
+from launcher.connecting import connecting_command, travelling
 from launcher.errors import PreflightError
+from launcher.mirror import put
 from launcher.plan import Plan
 from launcher.processes import NodeCommand, end, recorded, start
 from launcher.report import last_lines
 from launcher.rundir import GO, WAIT, RunDir, read_json, write_json
+from launcher.sending import Sending, parcel, size_of
 
 _SECONDS_BETWEEN_SIGNS = 2.0
 _POLL_SECONDS = 0.05
@@ -35,32 +37,7 @@ _LAST_WORDS_SECONDS = 3.0
 # An agent takes up to eight to end what it started.
 _END_SECONDS = 10.0
 _ERRORS_SHOWN = 12
-# What other hosts are told of this one's environment, beside what a command sets itself. Over ssh's own channel, never on a command line.
-TRAVELS = (
-    "CUDA_",
-    "FI_",
-    "GLOO_",
-    "HF_",
-    "HUGGINGFACE_",
-    "LAUNCH_",
-    "MKL_",
-    "NCCL_",
-    "OMP_",
-    "PYTORCH_",
-    "TORCH_",
-    "UCX_",
-)
-TRAVELS_TOO = (
-    "PYTHONPATH",
-    "LD_LIBRARY_PATH",
-    "http_proxy",
-    "https_proxy",
-    "no_proxy",
-    "HTTP_PROXY",
-    "HTTPS_PROXY",
-    "NO_PROXY",
-)
-_STAYS = ("CUDA_VISIBLE_DEVICES",)  # of this host's cards
+Listener = Callable[[dict[str, Any]], None]
 
 
 class OneNode:
@@ -76,7 +53,7 @@ class OneNode:
     def look_after(self) -> None:
         """Nothing: it is a child of this process."""
 
-    def prepare(self) -> None:
+    def prepare(self, tell: Listener) -> None:
         """Nothing: what was prepared here is all there is."""
 
     def go(self) -> None:
@@ -96,67 +73,27 @@ class OneNode:
         self.process.stdin.close()
 
 
-def travelling(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that other hosts are told."""
-    return {
-        name: value
-        for name, value in environment.items()
-        if (name.startswith(TRAVELS) or name in TRAVELS_TOO) and name not in _STAYS
-    }
-
-
-def connecting_command(plan: Plan, node: Node) -> NodeCommand:
-    """What starts the agent of a node. The one text that a shell will read, that of the other host, is quoted word for word."""
-    agent = (python_on(plan, node.host), "-m", "launcher.agent")
-    if is_here(node.host):
-        return NodeCommand(node.host, agent, cwd=str(Path.cwd()))
-    if node.host in nodes_of_job():
-        return NodeCommand(node.host, (*_srun(node.host), *agent), cwd=str(Path.cwd()))
-    ssh = plan.recipe.launch.ssh
-    options = ["BatchMode=yes", f"ConnectTimeout={ssh.timeout_s}", "ServerAliveInterval=5", "ServerAliveCountMax=3"]
-    # A connection of its own, which ends with this process: a shared one would outlive it.
-    options += [
-        "ControlMaster=no",
-        "ControlPath=none",
-        "ClearAllForwardings=yes",
-        "RemoteCommand=none",
-        "LogLevel=ERROR",
-    ]
-    argv = ["ssh", "-T", *(word for option in options for word in ("-o", option))]
-    argv += ["-p", str(ssh.port)] if ssh.port else []
-    argv += ["-i", os.path.expanduser(ssh.key)] if ssh.key else []
-    argv += ["-l", ssh.user] if ssh.user else []
-    user, at, name = node.host.rpartition("@")
-    path = os.environ.get("PYTHONPATH")
-    there = shlex.join(["exec", "env", *([f"PYTHONPATH={path}"] if path else []), *agent])
-    return NodeCommand(node.host, (*argv, "--", f"{user}{at}{name.strip('[]')}", there), cwd=str(Path.cwd()))
-
-
-def _srun(host: str) -> tuple[str, ...]:
-    """A step of this job on one of its nodes. Since 22.05 Slurm gives a step the cores of its job only where it is told to."""
-    cores = os.environ.get("SLURM_CPUS_PER_TASK")
-    more = (f"--cpus-per-task={cores}",) if cores else ()
-    return ("srun", "--nodes=1", "--ntasks=1", f"--nodelist={host}", "--overlap", *more, "--")
-
-
 @dataclass
 class Connection:
     """One node's agent, seen from here.
 
     Args:
+        run: the launcher's directory of the run, to which a node without it brings back what its ranks write.
         said: what it has said and nobody has looked at yet, by event.
         code: exit code of the node's command, once it has ended; `ended`: when it did, or was lost.
-        lost: why the connection is no more; empty while it is.
+        lost: why the connection is no more; empty while it is. lost_at: when that was noticed, seconds since the epoch.
     """
 
     node: Node
     rank: int
     process: subprocess.Popen[bytes]
     log: Path
+    run: RunDir
     said: dict[str, dict[str, Any]] = field(default_factory=dict)
     code: int | None = None
     ended: float = 0.0
     lost: str = ""
+    lost_at: float = 0.0
     started: bool = False
     heard: float = field(default_factory=time.monotonic)
     _told: float = 0.0
@@ -175,7 +112,7 @@ class Connection:
         assert process.stdout is not None
         for stream in (process.stdin, process.stdout):
             os.set_blocking(stream.fileno(), False)
-        return cls(node, rank, process, log)
+        return cls(node, rank, process, log, run)
 
     @property
     def name(self) -> str:
@@ -211,14 +148,16 @@ class Connection:
 
     def _take(self, line: bytes) -> None:
         message = _message(line)
-        if message:
+        if message.get("event") == "file":
+            put(self.run, message)
+        elif message:
             message["heard"] = time.time()
             self.said[message["event"]] = message
         if message.get("event") == "ended":
             self.code, self.ended = message["code"], time.monotonic()
 
     def _lose(self, why: str) -> None:
-        self.lost, self.ended = why, self.ended or time.monotonic()
+        self.lost, self.lost_at, self.ended = why, time.time(), self.ended or time.monotonic()
 
 
 def _message(line: bytes | str) -> dict[str, Any]:
@@ -249,6 +188,8 @@ class SeveralNodes:
         self.plan, self.run, self.asked = plan, run, asked
         self.word = secrets.token_hex(16)
         self.connections: list[Connection] = []
+        self.copies: dict[int, bool] = {}  # nodes that need a copy of the run directory; whether of the data, too
+        self._asked_for_stacks = False
         self.rendezvous: Rendezvous | None = None
         self._failed: float | None = None
         self._over = threading.Event()
@@ -278,12 +219,13 @@ class SeveralNodes:
             time.sleep(0.02 if waiting else 0)
         return {rank: self.connections[rank].said[event] for rank in messages if event in self.connections[rank].said}
 
-    def prepare(self) -> None:
+    def prepare(self, tell: Listener) -> None:
         """Have every other machine prepare itself, too: with the same cache that is a look, with disks of its own the whole work.
 
         Raises:
-            PreflightError: one of them cannot.
+            PreflightError: one of them cannot, or there is no room for a copy of the run directory.
         """
+        self._send_copies(tell)
         others = [one for one in self.connections if not is_here(one.node.host)]
         logs = {one.rank: self.run.logs / f"{one.node.host}-prepare.log" for one in others}
         for one in others:
@@ -295,6 +237,33 @@ class SeveralNodes:
         problems = [problem for one in others if (problem := self._not_prepared(one, logs[one.rank]))]
         if problems:
             raise all_of(problems)
+
+    def _send_copies(self, tell: Listener) -> None:
+        """Give the nodes that do not see the run directory what their ranks read of it."""
+        parcels = {rank: parcel(self.plan, self.run, lacks_data) for rank, lacks_data in self.copies.items()}
+        on_the_way: dict[int, Sending] = {}
+        try:
+            for rank, names in parcels.items():
+                one = self.connections[rank]
+                tell({"event": "sending", "host": one.node.host, "bytes": size_of(self.run, names)})
+                on_the_way[rank] = Sending.begun(self.plan, self.run, one.node, names)
+            while not all(sending.is_over for sending in on_the_way.values()):
+                self.look_after()
+                self.asked()
+                time.sleep(_POLL_SECONDS)
+        finally:
+            for sending in on_the_way.values():
+                sending.end()
+        where = f"its copy of {self.run.path.absolute()}"
+        to_type = "mend that, or name a run directory that all hosts share: launch.run_dir=DIR"
+        if problems := [
+            PreflightError(f"{self.connections[rank].name}: {where}", sending.problem, to_type)
+            for rank, sending in on_the_way.items()
+            if sending.problem
+        ]:
+            raise all_of(problems)
+        for rank in parcels:
+            self.connections[rank].tell(do="mirror")
 
     def _not_prepared(self, one: Connection, log: Path) -> PreflightError | None:
         if one.lost:
@@ -319,6 +288,10 @@ class SeveralNodes:
         """Hear all nodes, and give signs of life; to be called every few seconds at least."""
         for connection in self.connections:
             connection.hear()
+        if self.copies and not self._asked_for_stacks and self.run.stacks_asked.exists():
+            self._asked_for_stacks = True
+            for rank in self.copies:
+                self.connections[rank].tell(do="stacks")
 
     def go(self) -> None:
         """Start the ranks, on all nodes."""
@@ -353,7 +326,7 @@ class SeveralNodes:
         """Write down which nodes are gone; `report` finds it there."""
         for one in self.connections:
             if one.lost and one.code is None and not self.run.node_error(one.rank).exists():
-                told = {"lost": one.lost, "host": one.node.host, "where": one.node.where, "time": time.time()}
+                told = {"lost": one.lost, "host": one.node.host, "where": one.node.where, "time": one.lost_at}
                 with contextlib.suppress(OSError):
                     write_json(self.run.node_error(one.rank), told)
 

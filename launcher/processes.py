@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.cluster import oom_kills
 from launcher.rundir import RunDir, read_json, write_json
 
 _PR_SET_PDEATHSIG = 1
@@ -101,6 +100,8 @@ def recorded(run: RunDir, node: int = 0, ranks: Iterable[int] | None = None) -> 
 
 def count_oom_kills(run: RunDir) -> None:
     """Write down how many processes the kernel has killed on this host for lack of memory since the first call for this run."""
+    from launcher.cluster import oom_kills  # here: an agent that begins reads no table of cards
+
     path, now = run.oom_kills(socket.gethostname()), oom_kills()
     before = (read_json(path) or {"before": now})["before"]
     with contextlib.suppress(OSError):

@@ -137,13 +137,13 @@ def _data(plan: Plan, shape: ModelShape, rehearsal: Rehearsal, run: RunDir, note
     data = plan.recipe.data
     changed: dict[str, Any] = {}
     paths = [data.path] if isinstance(data.path, str) else list(data.path)
-    missing = next((path for path in paths if not Path(path).exists()), None)
+    missing = next((path for path in paths if "://" not in path and not Path(path).exists()), None)
     evaluation = data.eval
     if missing is not None:
         rows = json.loads((shipped_folder() / "data" / "quickstart.json").read_text(encoding="utf-8"))
         write_json(run.rehearsal_rows, [_as_row(row, data) for row in rows])
         notes.append(f"{len(rows)} shipped rows in the place of {Path(missing).name}, which is not here")
-        changed = {"path": str(run.rehearsal_rows)}
+        changed = {"path": str(run.rehearsal_rows), "streaming": False}
         if evaluation is not None and evaluation.path is not None:
             evaluation = Eval(rows=8)
     if evaluation is not None and evaluation.rows is not None:

@@ -6,7 +6,6 @@ Every attempt starts its nodes' commands anew: torchrun's own restarts meet keys
 from __future__ import annotations
 
 import re
-import signal
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -90,9 +89,7 @@ def _wait(seconds: float, run: RunDir) -> None:
     deadline = time.monotonic() + seconds
     with StopRequest().installed() as stop:
         while time.monotonic() < deadline:
-            number = stop.now or stop.save
-            if number or run.stop_now.exists():
-                name = signal.Signals(number).name if number else run.stop_now.name
+            if name := stop.why(run):
                 found = "every process of this run has ended; it was waiting to be started again"
                 raise InterruptedRunError(name, found, f"go on later with: launch resume {run.path}")
             time.sleep(_POLL_SECONDS)

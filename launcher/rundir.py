@@ -12,6 +12,7 @@ export/            merged weights                run.lock         held while a l
 save-now           made by anybody: a checkpoint when this step is done
 stop-now           the same, and then the end
 prepared-node<k>.json  the same as prepared.json for another node, where there are several
+mirrored.json      nodes that do not see this directory and have a copy of it; .copy: this one is such a copy
 job.sbatch         under --slurm: the job            hosts            its nodes, written by it
 code/              <sha256>/: the model's own .py files, read-only
 """
@@ -33,6 +34,8 @@ from launcher.errors import PreflightError, UsageError
 # The one thing that is said and not written: a node's command started with WAIT loads its libraries, and reads GO from its input when
 # the node is prepared.
 WAIT, GO = "--wait", b"go\n"
+# In a checkpoint: where a stream of rows is gone on with.
+STREAM_FILE = "stream.json"
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,16 @@ class RunDir:
     def prepared_on(self, node: int) -> Path:
         """What prepare left for the ranks of a node; the first one's, or one with its own disks."""
         return self.path / f"prepared-node{node}.json" if node else self.prepared
+
+    @property
+    def mirrored(self) -> Path:
+        """The numbers of the nodes that have a copy of their own of this directory."""
+        return self.path / "mirrored.json"
+
+    @property
+    def copy(self) -> Path:
+        """Stands in such a copy, and nowhere else."""
+        return self.path / ".copy"
 
     def node_heartbeat(self, node: int) -> Path:
         """Of the process that the ranks of a node belong to."""

@@ -98,12 +98,20 @@ class Watch:
 
     Args:
         clock: seconds that only grow.
+        look_after: called while ranks are waited for; nodes without the run directory are asked through it.
     """
 
-    def __init__(self, run: RunDir, plan: Plan, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        plan: Plan,
+        clock: Callable[[], float] = time.monotonic,
+        look_after: Callable[[], None] = lambda: None,
+    ) -> None:
         self.run = run
         self.plan = plan
         self.clock = clock
+        self.look_after = look_after
         self.between = max(_SECONDS_BETWEEN_LOOKS, plan.num_processes / _RANKS_A_SECOND)
         self._looked = clock()
         self._beats: dict[int, dict[str, Any]] = {}
@@ -132,6 +140,7 @@ class Watch:
             ask_ranks_here(self.run)
         deadline = time.monotonic() + _SECONDS_FOR_STACKS
         while True:
+            self.look_after()
             is_last = time.monotonic() > deadline
             found = [self._standing(rank, is_last) for rank in self._silent]
             answered = all(one.stacks.main or one.stacks.is_stopped or one.phase in ("start", "done") for one in found)

@@ -217,11 +217,11 @@ def _supervised(resuming: bool, made: Plan, where: RunDir, begun: Callable[[], N
 
 
 def show_failure(where: RunDir, failure: Failure, stderr: bool) -> None:
-    """Say what failed, and the newest checkpoint that the run can go on from."""
+    """Say what failed, and which checkpoint is the newest."""
     from launcher import manifest, show
 
-    newest, _ = manifest.newest_valid(where)
-    show.show_failure(show.console(stderr), failure, where.path, newest.folder.name if newest else None)
+    newest = manifest.newest_whole(where)
+    show.show_failure(show.console(stderr), failure, where.path, newest.name if newest else None)
 
 
 def attach(where: RunDir, typed: str) -> int:

@@ -67,6 +67,11 @@ class StepTime(BaseModel):
         """Over all ranks."""
         return self.tokens / self.total_s
 
+    def of_rows(self, factor: float) -> StepTime:
+        """The time of a rank that has so many times the rows, in a step of as many tokens."""
+        worked = {name: getattr(self, name) * factor for name in ("forward_s", "backward_s", "recompute_s")}
+        return self.model_copy(update=worked)
+
     def parts(self) -> dict[str, float]:
         """The parts by the word for each."""
         return {name.removesuffix("_s"): value for name, value in self if name.endswith("_s")}
@@ -199,6 +204,11 @@ def _attention(request: MemoryRequest, speed: Speed) -> float:
     width = shape.num_heads * shape.head_dim
     flops = 4 * request.num_tokens * request.sequence_length * width
     if not family(shape.family).eager_attention:
+        if request.batching == "packed" and request.masked:
+            # Every token against every other one of the pack, and a mask read for every head.
+            pairs = request.num_tokens**2
+            mask = pairs * shape.num_heads * request.compute_dtype_bytes
+            return max(4 * pairs * width / speed.flops, mask / speed.bandwidth)
         return flops / 2 / speed.flops
     # Written out: every score is computed, and read and written about four times (product, mask, fp32 softmax, cast).
     scores = request.num_tokens * request.sequence_length * shape.num_heads

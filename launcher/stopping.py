@@ -29,6 +29,15 @@ class StopRequest:
         self.save: int | None = None
         self.now: int | None = None
 
+    def why(self, run: RunDir) -> str | None:
+        """Why the run is to end: the name of the signal, or what stands in its stop-now; None where nobody has asked for it."""
+        if number := self.now or self.save:
+            return signal.Signals(number).name
+        try:
+            return run.stop_now.read_text(encoding="utf-8").strip() or run.stop_now.name
+        except FileNotFoundError:
+            return None
+
     @contextlib.contextmanager
     def installed(self) -> Iterator[StopRequest]:
         """Take the signals over for a while."""

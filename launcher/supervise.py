@@ -9,7 +9,6 @@ import contextlib
 import io
 import json
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -188,7 +187,7 @@ class Supervisor:
     def _clear_signs_of_earlier_attempts(self) -> None:
         for path in (*self.run.errors.iterdir(), *self.run.heartbeats.glob("*.json")):
             path.unlink()
-        for path in (self.run.save_now, self.run.stop_now):
+        for path in (self.run.save_now, self.run.stop_now, self.run.mirrored):
             path.unlink(missing_ok=True)
 
     def _prepare(self, stop: StopRequest, nodes: OneNode | SeveralNodes | None) -> None:
@@ -231,7 +230,7 @@ class Supervisor:
             raise PreflightError("prepare", found, f"see {log}; look at the model's own code: launch trust RECIPE")
         self._check_resume()
         if nodes is not None:
-            nodes.prepare()
+            nodes.prepare(self._say)
         self._say({"event": "prepared", **prepared, "seconds": self.seconds["prepare"]})
 
     def _check_resume(self) -> None:
@@ -243,7 +242,7 @@ class Supervisor:
         if self.plan.resume_from is None:
             return
         prepared = read_json(self.run.prepared)
-        before = verify(self.run.path / self.plan.resume_from).manifest
+        before = verify(self.run.path / self.plan.resume_from, every_byte=False).manifest  # read by whoever chose it
         if before is None:
             return
         if before.rows_key != prepared["rows_key"]:
@@ -286,7 +285,7 @@ class Supervisor:
         nodes.go()
         if self.plan.backend == "python":  # else each node counts for itself
             count_oom_kills(self.run)
-        watch = Watch(self.run, self.plan)
+        watch = Watch(self.run, self.plan, look_after=nodes.look_after)
         while (code := nodes.poll()) is None:
             offset = self._pass_on(offset, started)
             if watch.look():
@@ -326,16 +325,14 @@ class Supervisor:
         Raises:
             InterruptedRunError: everything has ended.
         """
-        number = stop.now or stop.save
-        if number is None and not self.run.stop_now.exists():
+        name = stop.why(self.run)
+        if name is None:
             return
-        name = signal.Signals(number).name if number else self.run.stop_now.read_text(encoding="utf-8").strip()
-        name = name or self.run.stop_now.name
         if self._trains and stop.now is None:
             if self._asked is None:
                 self._asked = time.time()
                 self._say({"event": "stopping", "why": name, "saves": True})
-                if number is not None:
+                if stop.save is not None:
                     write_atomic(self.run.stop_now, f"{name}\n")
             seen = max([self._asked, *(float(beat.get("time", 0)) for beat in self._recorded())])
             if time.time() - seen < _LONGEST_SILENCE_SECONDS:

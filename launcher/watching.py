@@ -72,10 +72,7 @@ def status(run: RunDir) -> Status:
     last = logs[-1] if logs else {}
     begun = next((event for event in reversed(events) if event["event"] == "train"), {})
     step, max_steps = (last or begun).get("step", 0), int(begun.get("max_steps", 0))
-    # By sizes: a look must not read gigabytes.
-    whole = (
-        folder.name for folder in manifest.folders(run) if manifest.verify(folder, every_byte=False).problem is None
-    )
+    newest = manifest.newest_whole(run)
     return Status(
         state=_state(run, owner, events),
         owner=owner,
@@ -87,7 +84,7 @@ def status(run: RunDir) -> Status:
         memory_bytes=last.get("memory_bytes"),
         seconds_left=_seconds_left(begun, logs, max_steps) if owner else None,
         ranks=_ranks(run),
-        checkpoint=next(whole, None),
+        checkpoint=newest.name if newest else None,
         said=tuple(event["text"] for event in events if "text" in event),
     )
 

@@ -36,14 +36,17 @@ def error(kind: str, message: str = "", **more: object) -> dict[str, object]:
 
 def test_memory_of_a_card_with_its_plan_and_batch(plan: Plan) -> None:
     taken = {"rss": GIB, "available": GIB, "reserved": 70 * GIB, "free": GIB, "total": 80 * GIB, "allocated": 60 * GIB}
-    told = reason_of(error("torch.OutOfMemoryError", memory=taken, batch=[8, 700]), plan)
+    told = reason_of(
+        error("torch.OutOfMemoryError", memory=taken, batch=[8, 700, [f"a.json {row}" for row in range(1, 9)]]), plan
+    )
     assert told is not None
-    planned, batch = told.notes
+    planned, batch, rows = told.notes
     assert planned.endswith(
         f"GiB of 80.00 GiB on {plan.cluster.devices[3].name}; this rank had 70.00 GiB, others 9.00 GiB"
     )
     most = 8 * plan.recipe.data.max_length
     assert batch == f"this batch had 8 × 700 = 5,600 tokens; the plan is for {most:,} at most"
+    assert rows == "its rows, the longest first: a.json 1, a.json 2, a.json 3, a.json 4, a.json 5, a.json 6 and 2 more"
     assert told.to_type == "launch resume RUN train.micro_batch=4"
 
 

@@ -85,11 +85,11 @@ def test_what_does_not_fit_says_what_does(trained: Plan) -> None:
 
 def test_no_more_tokens_than_the_model_was_made_for(trained: Plan) -> None:
     cards = ("RTX 3090", "RTX 4090")
-    assert placed(trained, cards).longest == trained.shape.max_tokens == 32_768
+    assert placed(trained, cards).longest == trained.shape.positions == 32_768
     with pytest.raises(UsageError, match="was made for 32,768 tokens at most") as caught:
         placed(trained, cards, 32_769)
     assert caught.value.to_type == "--context 32768"
-    short = trained.model_copy(update={"shape": trained.shape.model_copy(update={"max_tokens": 2048})})
+    short = trained.model_copy(update={"shape": trained.shape.model_copy(update={"positions": 2048})})
     chat = chat_plan(short, resolve_cluster(cards), None)
     assert (chat.context, chat.longest) == (2048, 2048)
 

@@ -21,6 +21,7 @@ from launcher.cluster import (
     resolve_cluster,
     this_machine,
 )
+from launcher.cluster.nvidia import visible_places
 from launcher.errors import UsageError
 
 TWO_CARDS = """\
@@ -31,10 +32,10 @@ TWO_CARDS = """\
 
 @pytest.fixture
 def nvidia_smi(tmp_path, monkeypatch):
-    """Puts a fake nvidia-smi on PATH: it refuses options that we do not pass, prints `text` and exits with `code`."""
+    """Puts a fake nvidia-smi on PATH: it refuses options that we do not pass, prints `answer` and exits with `code`."""
 
-    def install(text: str, code: int = 0) -> None:
-        (tmp_path / "answer").write_text(text)
+    def install(answer: str | bytes, code: int = 0) -> None:
+        (tmp_path / "answer").write_bytes(answer if isinstance(answer, bytes) else answer.encode())
         fake = tmp_path / "nvidia-smi"
         fake.write_text(
             '#!/bin/sh\n[ "$1 $2" = "--query-gpu=index,uuid,name,memory.total,memory.used,compute_cap '
@@ -113,11 +114,19 @@ def test_names_are_matched_without_case_blanks_and_hyphens(written, meant):
         ("RTX 3066 Ti", "no card is called `RTX 3066 Ti`", "`RTX 3060 Ti`"),
         ("A100", "`A100` is sold as A100-40GB and A100-80GB", "`A100-80GB`"),
         ("RTX 3060 Ti 12GiB", "`RTX 3060 Ti 12GiB` is sold as RTX 3060 Ti", "`RTX 3060 Ti`"),
+        ("RTX 4090 16GB", "sold as RTX 4090, with 24 GiB", "`RTX 4090 reserved=8GiB` for one that has 16 GiB"),
         ("RTX 3090 reserved=lots", "`reserved=lots` is no option", "reserved=921MiB"),
+        ("RTX 3090 reserved=1GiB reserved=2GiB", "says twice", "`RTX 3090 reserved=921MiB`"),
+        ("2xRTX 3060 12GB reserved=13GiB", "leaves nothing of the 12 GiB of a RTX 3060 12GB", "reserved=921MiB"),
+        (f"RTX 3090 reserved={'9' * 400}GiB", "leaves nothing of the 24 GiB", "reserved=921MiB"),
+        ("2xcpu reserved=1GiB", "`cpu` is none", "write `2xcpu`"),
+        ("999999999xRTX 4090", "no machine has so many devices", "--hostfile FILE"),
+        (f"{'9' * 5000}xcpu", "no machine has so many devices", "--hostfile FILE"),
+        (("600xT4", "600xL4"), "no machine has so many devices", "1,000 at most"),
         ("RTX 3090 taken=1GiB", "`taken=1GiB` is no option", "reserved=921MiB"),
         ("0xT4", "`0xT4` names no device", "8xA800-80GB"),
         ("abacus", "no card is called `abacus`", "known cards: RTX 2060 6GB"),
-        ((), "the list is empty", "hardware: [RTX 3090]"),
+        ((), "the list is empty", "[RTX 3090]"),
         (("RTX 3090", "cpu"), "cards and CPU ranks", "2xcpu"),
     ],
 )
@@ -134,6 +143,8 @@ def test_nproc_takes_the_first_cards_and_never_invents_one():
     with pytest.raises(UsageError, match="has 2 cards") as caught:
         resolve_cluster("2xT4", nproc=3)
     assert caught.value.you_set == "--nproc 3"
+    with pytest.raises(UsageError, match="no machine has so many"):
+        resolve_cluster("cpu", nproc=10**9)
 
 
 def test_cpu_ranks_share_the_host_memory(no_nvidia_smi):
@@ -173,34 +184,59 @@ def test_auto_takes_what_nvidia_smi_shows(nvidia_smi):
 
 
 @pytest.mark.parametrize(
-    ("visible", "uuids"),
+    ("visible", "places"),
     [
-        ("1", ["GPU-bbbb2222"]),
-        ("1,0", ["GPU-bbbb2222", "GPU-aaaa1111"]),
-        ("GPU-bbbb", ["GPU-bbbb2222"]),
-        ("0,7,1", ["GPU-aaaa1111"]),
+        ("1", [1]), ("1,0", [1, 0]), ("GPU-bbbb", [1]), ("0,7,1", [0]), ("GPU-a,GPU-bb", [0, 1]), ("GPU-a,1", [0]),
+        ("1,GPU-a", [1]), ("1a", [1]), ("+1", [1]), ("00", [0]), ("0 1", [0]), (" 1, 0", [1, 0]), ("0,-1,1", [0]),
+        ("0,0", []), ("1,0,1", []), ("GPU-a,GPU-aaaa", []), ("GPU-", []), ("", []), ("-1", []), ("two", []), ("²", []),
     ],
-)
-def test_cuda_visible_devices_is_obeyed(nvidia_smi, monkeypatch, visible, uuids):
+)  # fmt: skip
+def test_cuda_visible_devices_is_read_as_cuda_does(visible, places):
+    """The cases of torch.cuda._parse_visible_devices and _transform_uuid_to_ordinals, which are CUDA's."""
+    rows = [[str(number), uuid] for number, uuid in enumerate(("GPU-aaaa1111", "GPU-bbbb2222"))]
+    assert visible_places(visible, rows) == places
+
+
+def test_cuda_visible_devices_is_obeyed(nvidia_smi, monkeypatch):
+    nvidia_smi(TWO_CARDS)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    assert [device.uuid for device in this_machine().devices] == ["GPU-bbbb2222", "GPU-aaaa1111"]
+    assert [device.index for device in this_machine().devices] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("visible", "why"),
+    [
+        ("", "hides all cards"), ("-1", "hides all cards"), ("1,1", "names a card twice, for which CUDA shows none"),
+        ("GPU-cc", "begins with none of nvidia-smi's cards"),
+        ("MIG-GPU-aaaa1111/1/0", "names a slice of a card, which nvidia-smi's list of cards does not have"),
+    ],
+)  # fmt: skip
+def test_hidden_cards_leave_the_cpu_and_it_is_said_why(nvidia_smi, monkeypatch, visible, why):
     nvidia_smi(TWO_CARDS)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    devices = this_machine().devices
-    assert [device.uuid for device in devices] == uuids
-    assert [device.index for device in devices] == list(range(len(uuids)))
-
-
-@pytest.mark.parametrize("visible", ["", "-1"])
-def test_hidden_cards_leave_the_cpu(nvidia_smi, monkeypatch, visible):
-    nvidia_smi(TWO_CARDS)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert this_machine().kind == "cpu"
-
-
-def test_a_broken_driver_is_named_in_the_source(nvidia_smi):
-    nvidia_smi("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n", code=9)
     cluster = this_machine()
-    assert cluster.kind == "cpu"
-    assert "couldn't communicate with the NVIDIA driver" in cluster.source
+    assert (cluster.kind, cluster.source) == ("cpu", f"this machine's CPU (CUDA_VISIBLE_DEVICES={visible} {why})")
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "remark"),
+    [
+        (b"NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", 9,
+         "nvidia-smi failed: NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."),
+        (b"", 3, "nvidia-smi failed: exit code 3"),
+        (b"", 0, "nvidia-smi shows no card"),
+        (b"No devices were found", 0, "nvidia-smi answers 'No devices were found'"),
+        (b"\xff\xfe", 0, "nvidia-smi answers '\ufffd\ufffd'"),
+        (b"0, GPU-a, NVIDIA A100, [Insufficient Permissions], 0, 8.0", 0,
+         "nvidia-smi says [Insufficient Permissions] for the memory of card 0, NVIDIA A100"),
+    ],
+    ids=["driver", "silent", "none", "words", "bytes", "memory"],
+)  # fmt: skip
+def test_what_nvidia_smi_says_instead_of_cards_is_in_the_source(nvidia_smi, answer, code, remark):
+    nvidia_smi(answer, code)
+    cluster = this_machine()
+    assert (cluster.kind, cluster.source) == ("cpu", f"this machine's CPU ({remark})")
 
 
 def test_memory_that_is_not_given_is_the_hosts(nvidia_smi):
@@ -238,6 +274,14 @@ def test_the_table_is_whole():
         # Volta and Turing have no bf16; the rate with fp32 accumulation is one for both types.
         assert known.bf16 == (known.fp16 if float(known.capability) >= 8 else None)
         assert known.source
+
+
+def test_devices_in_words():
+    assert resolve_cluster("8xA800-80GB").named == "8 × A800-80GB"
+    assert resolve_cluster(("T4", "2xL4", "T4")).named == "2 × T4 + 2 × L4"
+    assert resolve_cluster(("RTX 3060 Ti", "RTX 3060 12GB")).named == "RTX 3060 Ti + RTX 3060 12GB"
+    node = resolve_cluster(("4xRTX 3090", "4xT4")).nodes[0]
+    assert Cluster(nodes=(node,) * 1000, source="").named == "4,000 × RTX 3090 + 4,000 × T4 on 1,000 hosts"
 
 
 def test_a_cluster_survives_json():

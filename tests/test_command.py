@@ -120,3 +120,26 @@ def test_two_nodes_meet_where_the_first_one_is_told_that_it_is_the_first(tmp_pat
     unknown = node_commands(plan, RunDir(Path("/r")))[1]
     assert "--master-addr=node-a" in unknown.argv
     assert "GLOO_SOCKET_IFNAME" not in unknown.env
+
+
+def test_what_is_compiled_is_kept_for_these_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAUNCH_CACHE", "/cache")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    (command,) = node_commands(plan_of("quickstart", "hardware=1xcpu", "train.compile=true"), RunDir(Path("/r")))
+    assert command.env["TORCHINDUCTOR_CACHE_DIR"].startswith("/cache/compiled-py3.")
+    (command,) = node_commands(plan_of("quickstart", "hardware=1xcpu"), RunDir(Path("/r")))
+    assert "TORCHINDUCTOR_CACHE_DIR" not in command.env
+
+
+def test_ranks_may_reach_the_hub_only_where_their_rows_come_from_it() -> None:
+    stream = (
+        "data.streaming=true",
+        "train.max_steps=9",
+        "data.eval=null",
+        "data.path=hf://datasets/org/name/rows.jsonl",
+    )
+    plan = plan_of("quickstart", "hardware=1xcpu", *stream)
+    assert plan.recipe.data.path == "hf://datasets/org/name/rows.jsonl"
+    (command,) = node_commands(plan, RunDir(Path("/r")))
+    assert "HF_HUB_OFFLINE" not in command.env
+    assert "HF_HUB_OFFLINE" not in prepare_command(plan, RunDir(Path("/r"))).env

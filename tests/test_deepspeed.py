@@ -29,6 +29,7 @@ def planned(*overrides: str, given: str | None = None) -> Plan:
     [
         ("zero3", ()),
         ("zero3_parameters", ("strategy.offload=parameters", "train.max_grad_norm=null")),
+        ("zero3_nvme", ("strategy.offload=parameters", "strategy.nvme_path=/fast")),
         ("zero2_optimizer", ("strategy.type=zero2", "strategy.offload=optimizer", "model.dtype=fp16")),
         ("zero1_fp32", ("strategy.type=zero1", "model.dtype=fp32", "adapter.type=lora")),
     ],

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from launcher import manifest
-from launcher.manifest import Manifest, best_first, describe_file, folders, newest_valid, verify
+from launcher.manifest import Manifest, best_first, describe_file, folders, newest_valid, newest_whole, verify
 from launcher.rundir import RunDir
 
 Change = Callable[[Path], Any]
@@ -137,6 +137,7 @@ def test_the_newest_valid_checkpoint_is_found_and_the_newer_ones_say_why_not(run
     (run.checkpoints / "step-16" / "manifest.json").unlink()
     flip(run.checkpoints / "step-4" / "weights.bin")  # older: nobody looks
     (run.checkpoints / "step-20").write_text("a file, not a folder")
+    assert newest_whole(run) == run.checkpoints / "step-12", "a look goes by sizes"
     chosen, skipped = newest_valid(run)
     assert chosen is not None
     assert (chosen.step, chosen.folder, chosen.problem) == (8, run.checkpoints / "step-8", None)

@@ -92,6 +92,18 @@ def test_sharded_over_eight_cards_too(config, adapter):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+def test_cards_without_flash_attention_keep_keys_for_every_head(checkpointing):
+    train = {"micro_batch": 2, "global_batch": 2, "max_steps": 2, "gradient_checkpointing": checkpointing}
+    asked = recipe(QWEN_7B | FOUR_LAYERS, {}, train, data={"max_length": 1024, "batching": "padded"})
+    asked["model"]["dtype"] = "fp16"
+    old, new = planned(asked), planned(asked | {"model": asked["model"] | {"dtype": "bf16"}})
+    assert not old.cluster.has_flash(old.dtype)
+    assert old.memory.total_bytes > new.memory.total_bytes
+    seen = observe(old)
+    assert old.memory.total_bytes - old.memory.context_bytes == pytest.approx(seen.total_bytes, rel=0.03)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     ("config", "quantization"),
     [(LLAMA_2_7B | FOUR_LAYERS, "int8"), (LLAMA_2_7B | FOUR_LAYERS, "nf4"), (BLOOM, "int8")],

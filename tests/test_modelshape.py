@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -293,8 +294,33 @@ def test_a_folder_of_pickles_is_counted_from_its_config_and_none_is_opened(tmp_p
         ({"model_type": "gemma3", "text_config": {}}, "texts and images", "gemma-3-1b-it"),
         ({**CONFIGS["qwen2_moe"], "mlp_only_layers": [0]}, "with and without experts", "Qwen3-30B-A3B"),
         ({**CONFIGS["qwen3_moe"], "decoder_sparse_step": 2}, "with and without experts", "Qwen3-30B-A3B"),
+        ({"model_type": "bert", **TINY}, r"that of an encoder \(bert\)", "Qwen/Qwen2.5-0.5B"),
+        ({"model_type": "t5", **TINY}, r"an encoder and a decoder \(t5\)", "Qwen/Qwen2.5-0.5B"),
+        ({"model_type": "novel", **TINY, "is_encoder_decoder": True}, "an encoder and a decoder", "Qwen/Qwen2.5-0.5B"),
+        (TINY, r"says no model_type \(None\)", "model_type: llama"),
+        ({**CONFIGS["llama"], "model_type": 7}, r"says no model_type \(7\)", "model_type: llama"),
+        ({**CONFIGS["llama"], "quantization_config": {"quant_method": "gptq"}}, r"stored quantised \(gptq\)", "=nf4"),
+        (
+            {"model_type": "deepseek_v3", **TINY, "n_routed_experts": 256},
+            r"has experts \(n_routed_experts\)",
+            "Qwen3-30B",
+        ),
+        ({**CONFIGS["llama"], "num_key_value_heads": 3}, "4 heads in 3 groups of keys", "divides the heads"),
     ],
-    ids=["former", "images", "dense", "step"],
+    ids=[
+        "former",
+        "images",
+        "dense",
+        "step",
+        "encoder",
+        "t5",
+        "both",
+        "typeless",
+        "number",
+        "gptq",
+        "experts",
+        "groups",
+    ],
 )
 def test_another_kind_of_model_is_named(config, found, to_type):
     with pytest.raises(UsageError, match=found) as caught:
@@ -330,15 +356,103 @@ def test_a_shard_cut_short_is_named(folder):
     assert caught.value.to_type == f"copy or download {shard.name} again"
 
 
+def safetensors(file: Path, header: Any, num_bytes: int = 0) -> None:
+    """A file with that header, and so many zeros behind it."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(num_bytes))
+
+
+def one(**changed: Any) -> dict[str, Any]:
+    """The header of one sound tensor with these keys changed; those that are `...` left out."""
+    entry = {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4], **changed}
+    return {"a": {key: value for key, value in entry.items() if value is not ...}}
+
+
 @pytest.mark.parametrize(
-    ("content", "found"),
-    [(b"", "cut short in its header"), (b"\xff" * 20, "cut short in its header"),
-     (b"\2" + b"\0" * 7 + b"[]", "not a safetensors file"), (b"\4" + b"\0" * 7 + b"nope", "not a safetensors file")],
+    ("header", "found"),
+    [
+        (b"[]", "not a safetensors file"), (b"nope", "not a safetensors file"), (b"\xe4", "not a safetensors file"),
+        (b'{"a":' * 50_000 + b"1" + b"}" * 50_000, "not a safetensors file"), ({"a": 5}, "a is no mapping"),
+        (one(dtype=...), r"a has no dtype \(None\)"), (one(dtype=7), r"a has no dtype \(7\)"),
+        (one(shape=...), r"a has no shape \(None\)"), (one(shape=["2"]), r"a has no shape"),
+        (one(shape=[-2]), r"a has no shape \(\[-2\]\)"), (one(shape=[2.5]), "a has no shape"),
+        (one(shape=[True, 2]), "a has no shape"), (one(data_offsets=["0", "4"]), "a has no data_offsets"),
+        (one(data_offsets=[0]), "a has no data_offsets"), (one(data_offsets=[4, 0]), r"a is BF16 of \[2\] in -4 bytes"),
+        (one(shape=[1000, 1000]), r"a is BF16 of \[1000, 1000\] in 4 bytes"),
+        ({**one(), "b": one()["a"]}, "b does not begin where the tensor before it ends"),
+        (one(data_offsets=[2, 6]), "a does not begin where the tensor before it ends"),
+        (one(shape=[10], data_offsets=[0, 20]), "is cut short: its header says"),
+    ],
+    ids=lambda value: str(value)[:40],
 )  # fmt: skip
-def test_a_file_that_is_no_safetensors(folder, content, found):
-    sorted(folder.glob("*.safetensors"))[0].write_bytes(content)
-    with pytest.raises(PreflightError, match=found):
-        shape_of(Model(path=str(folder)), HERE)
+def test_a_file_that_is_no_safetensors(tmp_path, header, found):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama"]))
+    safetensors(tmp_path / "model.safetensors", header, num_bytes=6)
+    with pytest.raises(PreflightError, match=found) as caught:
+        shape_of(Model(path=str(tmp_path)), HERE)
+    assert caught.value.to_type == "copy or download model.safetensors again"
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 20])
+def test_a_file_shorter_than_its_header(tmp_path, content):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama"]))
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(PreflightError, match="is cut short in its header"):
+        shape_of(Model(path=str(tmp_path)), HERE)
+
+
+def test_what_only_looks_like_weights_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama"]))
+    weights = tmp_path / "model.safetensors"
+    weights.symlink_to(tmp_path / "gone")
+    with pytest.raises(PreflightError, match="is a link to nothing"):
+        shape_of(Model(path=str(tmp_path)), HERE)
+    weights.unlink()
+    os.mkfifo(weights)
+    with pytest.raises(PreflightError, match="is no file"):
+        shape_of(Model(path=str(tmp_path)), HERE)
+
+
+def test_the_weights_of_another_model_are_refused_and_what_is_too_much_is_said(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama"]))
+    wanted = shape_of_config(CONFIGS["llama"], "llama", "")
+    for missing, found in ((1, "hold 156,479 parameters, its config.json describes 220,480"), (0, None)):
+        stored = wanted.num_parameters - wanted.head_parameters - missing
+        safetensors(
+            tmp_path / "model.safetensors",
+            {"a": {"dtype": "F8_E4M3", "shape": [stored], "data_offsets": [0, stored]}},
+            stored,
+        )
+        if found:
+            with pytest.raises(PreflightError, match=found) as caught:
+                shape_of(Model(path=str(tmp_path)), HERE)
+            assert "of one model" in caught.value.to_type
+        else:  # no head: perhaps it is the embedding
+            assert "which hold 156,480 parameters where" in shape_of(Model(path=str(tmp_path)), HERE).source
+    more = {"a": {"dtype": "U8", "shape": [250_000], "data_offsets": [0, 250_000]}}
+    safetensors(tmp_path / "model.safetensors", more, 250_000)
+    shape = shape_of(Model(path=str(tmp_path)), HERE)
+    assert (shape.num_parameters, shape.stored_bytes) == (220_480, 250_000)
+    assert "which hold 250,000 parameters where the config describes 220,480" in shape.source
+
+
+@pytest.mark.parametrize(
+    ("more", "positions"),
+    [
+        ({}, None), ({"max_position_embeddings": 4096}, 4096), ({"seq_length": 8192}, 8192),
+        ({"max_position_embeddings": 2048, "alibi": True}, None),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 2.0}}, 8192),
+        ({"max_position_embeddings": 32768, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 131072),
+        ({"max_position_embeddings": 163840, "rope_parameters": {
+            "rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}}, 163840),
+        ({"max_position_embeddings": 131072, "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}}, 131072),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": "two"}}, 4096),
+        ({"max_position_embeddings": "many"}, None),
+    ],
+)  # fmt: skip
+def test_how_many_positions_a_model_knows(more, positions):
+    assert shape_of_config({**CONFIGS["llama"], **more}, "llama", "").positions == positions
 
 
 def test_a_missing_shard_is_named(folder):
@@ -355,7 +469,14 @@ def test_an_index_that_is_no_index(folder):
 
 
 @pytest.mark.parametrize(
-    ("content", "found"), [(None, "has no config.json"), ("{", "cannot be read"), ("[]", "holds no JSON object")]
+    ("content", "found"),
+    [
+        (None, "has no config.json"),
+        ("{", "cannot be read"),
+        ("[]", "holds no JSON object"),
+        ('{"a":' * 50_000 + "1" + "}" * 50_000, "cannot be read"),
+    ],
+    ids=["none", "broken", "list", "deep"],
 )
 def test_a_folder_with_a_broken_config(tmp_path, content, found):
     if content is not None:
@@ -381,10 +502,28 @@ def test_a_hub_id_that_nobody_has(empty_hub):
     assert read_config("acme/rocket-7b") is None
 
 
-@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "~/nowhere-at-all", "models/a/b"])
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [("qwen/qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B"), ("Llama-2-7b-hf", "meta-llama/Llama-2-7b-hf"),
+     ("Qwen/Qwen2.5-7B-Instuct", "Qwen/Qwen2.5-7B-Instruct")],
+)  # fmt: skip
+def test_a_hub_id_that_is_nearly_one_of_the_catalogue(path, meant, empty_hub):
+    with pytest.raises(UsageError) as caught:
+        shape_of(Model(path=path), HERE)
+    assert caught.value.to_type.startswith(f"did you mean model.path={meant}? Else type")
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "~/nowhere-at-all", "models/a/b", "a" * 97])
 def test_a_folder_that_is_not_there(path, empty_hub):
     with pytest.raises(UsageError, match="there is no folder"):
         shape_of(Model(path=path), HERE)
+
+
+@pytest.mark.parametrize("path", ["a" * 5000, "~nobody-of-this-name/model"])
+def test_a_path_that_can_be_none(path, empty_hub):
+    with pytest.raises(UsageError, match="can be no folder") as caught:
+        shape_of(Model(path=path), HERE)
+    assert len(caught.value.you_set) < 100
 
 
 def test_the_hub_cache_is_read_and_comes_before_the_catalogue(empty_hub):
@@ -399,6 +538,8 @@ def test_the_hub_cache_is_read_and_comes_before_the_catalogue(empty_hub):
     assert shape_of(Model(path="THUDM/chatglm3-6b", revision="abc"), HERE).num_layers == 1
     refs = empty_hub / "models--THUDM--chatglm3-6b" / "refs"
     refs.mkdir()
+    (refs / "main").write_bytes(b"\xff\xfe")
+    assert shape_of(Model(path="THUDM/chatglm3-6b"), HERE).num_layers == 28
     (refs / "main").write_text("abc")
     shape = shape_of(Model(path="THUDM/chatglm3-6b"), HERE)
     assert (shape.num_layers, shape.family, shape.prompts, shape.source) == (1, "glm", "chatglm3", str(snapshot))

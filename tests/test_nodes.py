@@ -18,10 +18,11 @@ import pytest
 import launcher
 from launcher.agent import code_hash
 from launcher.cluster import resolve_cluster
+from launcher.connecting import connecting_command, travelling
 from launcher.errors import LaunchError, PreflightError
 from launcher.handshake import _other_cards, handshake
 from launcher.modelshape import shape_of
-from launcher.nodes import Connection, SeveralNodes, connecting_command, travelling
+from launcher.nodes import Connection, SeveralNodes
 from launcher.plan import Plan, make_plan
 from launcher.processes import NodeCommand
 from launcher.recipe import find_recipe, load_recipe
@@ -97,6 +98,7 @@ def ended_with(nodes: SeveralNodes, seconds: float = 10) -> int | None:
 
 def test_what_ssh_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/it's here")
+    monkeypatch.setenv("LAUNCH_CACHE", "/a cache")
     ssh = ("user=me", "port=2222", "key=~/k", "python=/opt/it's $HOME; x/python", "timeout_s=3")
     plan = plan_on(tmp_path, "localhost slots=2\nyou@[fe80::1%eth0] slots=2\n", *(f"launch.ssh.{one}" for one in ssh))
     here, there = (connecting_command(plan, node) for node in plan.cluster.nodes)
@@ -108,7 +110,15 @@ def test_what_ssh_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     )
     assert (stop, host) == ("--", "you@fe80::1%eth0")
     assert shlex.split(words) == [
-        *("exec", "env", "PYTHONPATH=/it's here", "/opt/it's $HOME; x/python", "-m", "launcher.agent")
+        *(
+            "exec",
+            "env",
+            "PYTHONPATH=/it's here",
+            "LAUNCH_CACHE=/a cache",
+            "/opt/it's $HOME; x/python",
+            "-m",
+            "launcher.agent",
+        )
     ]
 
 
@@ -226,7 +236,7 @@ def test_another_code_other_packages_and_another_disk_are_found(
     text = str(caught.value)
     assert f"hosts:2: elsewhere: has another launcher: the same version, changed (here {launcher.__version__})" in text
     assert "there: pip install torch==1.0" in text
-    assert f"run directory {run.path}: is another one of the same name" in text
+    assert f"run directory {run.path}: is another one of the same name; and there can be no copy of it: holds " in text
     assert "hosts:1: localhost: /no/such.json: is not there" in text
 
 
@@ -292,6 +302,12 @@ def test_an_agent_ends_what_it_started(run: RunDir, how: str) -> None:
     process.stdout.close()
 
 
+def test_an_agent_imports_little_because_hundreds_may_start_at_once() -> None:
+    code = "import sys, launcher.agent; print({'pydantic', 'ruamel', 'rich', 'psutil', 'torch'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 def test_only_what_is_listed_travels() -> None:
     given = {
         "NCCL_DEBUG": "INFO",
@@ -328,8 +344,8 @@ def test_cards_of_another_node_are_those_that_were_planned_for(tmp_path: Path, t
     (tmp_path / "hosts").write_text("elsewhere slots=2\n")
     (node,) = resolve_cluster("2xA800-80GB", hostfile=str(tmp_path / "hosts")).nodes
     cards = resolve_cluster(tuple(there)).devices if there else ()
-    one = Connection(node, 0, subprocess.Popen(["true"]), tmp_path / "log")
+    one = Connection(node, 0, subprocess.Popen(["true"]), tmp_path / "log", RunDir(tmp_path))
     one.process.wait()
-    problems = [str(problem) for problem in _other_cards(one, 20 * 2**30, list(cards))]
+    problems = [str(problem) for problem in _other_cards(one, 2 * [20 * 2**30], list(cards))]
     assert found in "\n".join(problems)
     assert bool(problems) == bool(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 from collections.abc import Sequence
@@ -16,7 +17,9 @@ from launcher.errors import DoesNotFitError, RecipeError
 from launcher.families import family
 from launcher.modelshape import shape_of
 from launcher.plan import Plan, budget_bytes, identity, make_plan, steps_per_epoch, total_steps
+from launcher.plan.model import window_steps
 from launcher.recipe import Recipe, load_recipe
+from launcher.shares import most_rows
 
 SMALL = "Qwen/Qwen2.5-0.5B"
 SEVEN = "Qwen/Qwen2.5-7B-Instruct"
@@ -113,10 +116,49 @@ def test_a_naive_device_map_is_one_process_with_the_memory_of_all_devices() -> N
     assert plan.memory.total_bytes <= 0.9 * budget_bytes(plan.strategy, plan.cluster)
 
 
-def test_ddp_on_unlike_cards_is_planned_for_the_smaller_one() -> None:
-    plan = planned(["RTX 3060 Ti 8GiB reserved=921MiB", "RTX 3060 12GiB"])
-    assert budget_bytes(plan.strategy, plan.cluster) == 8 * GIB - 921 * 2**20
-    assert plan.memory.total_bytes <= 8 * GIB - 921 * 2**20
+UNLIKE = ["RTX 3060 Ti 8GiB reserved=921MiB", "RTX 3060 12GiB"]
+
+
+def test_unlike_cards_get_rows_by_speed_and_each_has_room_for_its_own() -> None:
+    plan = planned(UNLIKE, strategy={"type": "ddp"}, train={"micro_batch": 8, "gradient_checkpointing": True})
+    faster, slower = plan.shares
+    assert faster + slower == pytest.approx(1)
+    assert 1.2 < faster / slower < 1.35, "as the products of the two cards"
+    assert most_rows(plan.shares, 8) == (9, 8)
+    assert plan.rank_bytes[0] > plan.rank_bytes[1]
+    assert [plan.bytes_of(rank) for rank in (0, 1)] == list(plan.rank_bytes)
+    assert plan.tightest == 0
+    assert plan.memory.total_bytes == plan.rank_bytes[0] <= 8 * GIB - 921 * 2**20
+    assert "so that no card waits for a slower one" in str(because(plan, "shares"))
+    # Rows of full length are whole rows: 9 on the card that is 1.26 times as fast as the one with 7.
+    alone = [
+        planned(name, train={"micro_batch": rows, "global_batch": 2 * rows, "gradient_checkpointing": True}).time
+        for name, rows in zip(UNLIKE, (9, 7), strict=True)
+    ]
+    assert plan.time.forward_s == pytest.approx(max(time.forward_s for time in alone), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "sections"),
+    [
+        (["RTX 3060 12GiB", "RTX 3060 12GiB"], {}),
+        (UNLIKE, {"data": {"batching": "padded"}}),
+        (UNLIKE, {"train": {"micro_batch": 1}}),
+        (UNLIKE[:1], {}),
+    ],
+)
+def test_alike_cards_rows_as_they_come_and_single_rows_are_not_shared_by_speed(
+    hardware: list[str], sections: dict[str, Any]
+) -> None:
+    plan = planned(hardware, **sections)
+    assert plan.shares == plan.rank_bytes == ()
+    assert because(plan, "shares") is None
+
+
+def test_a_share_that_does_not_fit_the_faster_card_is_refused_for_that_card() -> None:
+    train = {"micro_batch": 8, "gradient_checkpointing": False}
+    with pytest.raises(DoesNotFitError, match=r"GiB needed on a device with 7\.1 GiB free \(RTX 3060 Ti\)"):
+        planned(UNLIKE, strategy={"type": "ddp"}, train=train)
 
 
 # dtype
@@ -314,12 +356,76 @@ def test_packing_is_planned_where_the_family_can() -> None:
     assert because(plan, "data.batching") is None
 
 
-def test_batching_is_bucketed_unless_asked_otherwise() -> None:
-    plan = planned("2xcpu")
-    assert plan.batching == "bucketed"
-    assert because(plan, "data.batching") == (
-        "rows of like length leave little padding, and a pack's mask grows with the square of its length"
-    )
+def _installed(monkeypatch: pytest.MonkeyPatch, flash: bool) -> None:
+    """flash-attn, or none."""
+    found = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name != "flash-attn":
+            return found(name)
+        if not flash:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "2.8.3"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "path", "train", "flash", "batching", "reason"),
+    [
+        (
+            "2xcpu",
+            SMALL,
+            {},
+            True,
+            "bucketed",
+            r"a pack takes 1\.\d+ × .*no kernel for a CPU is told where rows begin",
+        ),
+        (
+            "A100-80GB",
+            SEVEN,
+            {},
+            False,
+            "bucketed",
+            r"a pack takes 1\.\d+ × .* square of its length \(flash-attn is not inst",
+        ),
+        (
+            "A100-80GB",
+            SEVEN,
+            {},
+            True,
+            "packed",
+            r"takes 0\.95 × .* 5% padding: flash-attn 2\.8\.3 is told where rows begin",
+        ),
+        ("A100-80GB", SEVEN, {"micro_batch": 1}, True, "bucketed", r"a micro batch is one row, so none is padded"),
+        ("V100-32GB", SMALL, {}, True, "bucketed", r"flash attention has no kernels for one of the cards"),
+        ("A100-80GB", "bigscience/bloom-7b1", {}, True, "bucketed", r"rows of a pack would see each other in bloom"),
+    ],
+)
+def test_rows_are_packed_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch,
+    hardware: str,
+    path: str,
+    train: dict[str, Any],
+    flash: bool,
+    batching: str,
+    reason: str,
+) -> None:
+    _installed(monkeypatch, flash)
+    plan = planned(hardware, model={"path": path}, train=train)
+    assert plan.batching == batching
+    assert plan.attention == ("flash_attention_2" if batching == "packed" else "sdpa")
+    assert re.search(reason, str(because(plan, "data.batching")))
+
+
+def test_a_pack_whose_rows_attention_is_told_of_has_no_mask_to_remember(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = {}
+    for flash in (False, True):
+        _installed(monkeypatch, flash)
+        plan = planned("A100-80GB", model={"path": SEVEN}, data={"batching": "packed"}, train={"micro_batch": 4})
+        assert plan.attention == ("flash_attention_2" if flash else "sdpa")
+        needed[flash] = plan.memory.activations_bytes, plan.time.total_s
+    assert needed[True] < needed[False]
 
 
 def test_targets_that_match_nothing_are_named_with_those_there_are() -> None:
@@ -560,3 +666,23 @@ def test_steps_are_counted_from_rows(train: dict[str, Any], num_rows: int, an_ep
     plan = planned("A800-80GB", train=train)
     assert steps_per_epoch(plan, num_rows) == an_epoch
     assert total_steps(plan, num_rows) == in_all
+
+
+def test_a_stream_has_windows_and_no_epochs() -> None:
+    data = {"streaming": True, "shuffle_rows": 100}
+    plan = planned("2xcpu", data=data, train={"max_steps": 250, "global_batch": 32})
+    assert window_steps(plan) == 3
+    assert (steps_per_epoch(plan, 96), total_steps(plan, 96)) == (25, 250), "evaluated and saved ten times"
+    other = planned("2xcpu", data={**data, "shuffle_rows": 200}, train={"max_steps": 250, "global_batch": 32})
+    assert identity(plan) != identity(other), "other windows are other steps"
+
+
+def test_what_is_compiled_is_neither_foreign_code_nor_under_deepspeed() -> None:
+    model = {"path": "THUDM/chatglm-6b", "trust_remote_code": True}
+    found = refused("A100-80GB", model=model, train={"compile": True})
+    assert found == {
+        "train.compile": "the code that comes with THUDM/chatglm-6b was not written for a compiler. Set train.compile=false"
+    }
+    plan = planned("8xA800-80GB", model={"path": SEVEN}, adapter={"type": "full"}, train={"compile": True})
+    assert plan.strategy == "fsdp"
+    assert {other.strategy for other in plan.alternatives} <= {"ddp", "fsdp"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -35,6 +36,7 @@ from launcher.preflight.devices import devices, rehearsal
 from launcher.preflight.disk import checkpoint_bytes, room
 from launcher.preflight.files import model_files
 from launcher.preflight.machine import limits
+from launcher.preflight.plan import _compiler
 from launcher.preflight.plan import check as check_plan
 from launcher.preflight.port import owner, port
 from launcher.recipe.device_maps import DeviceMap, load_device_map
@@ -548,8 +550,8 @@ def spread_over(*names: str) -> Plan:
     [
         (("RTX 3060 Ti", "RTX 3060 12GiB"), None),
         (("RTX 3060 12GiB", "RTX 3060 Ti"), "RTX 3060 12GB is here instead of RTX 3060 Ti"),
-        (("RTX 3060 Ti",), r"2 devices planned, 1 here \(RTX 3060 Ti\)"),
-        (("RTX 3060 Ti reserved=8000MiB", "RTX 3060 12GiB"), "RTX 3060 Ti has 0.2 GiB free, 0.6 GiB are planned"),
+        (("RTX 3060 Ti",), r"2 devices planned, 1 here \(1 × RTX 3060 Ti\)"),
+        (("RTX 3060 Ti reserved=8191MiB", "RTX 3060 12GiB"), "RTX 3060 Ti has 0.0 GiB free, 0.6 GiB are planned"),
     ],
 )
 def test_the_cards_of_a_device_map_have_to_be_the_planned_ones(here: tuple[str, ...], found: str | None) -> None:
@@ -607,3 +609,29 @@ def test_the_environment_is_json_and_holds_no_variable(monkeypatch: pytest.Monke
     assert value["shared_memory_bytes"] == shutil.disk_usage("/dev/shm").total
     assert value["packages"]["torch"]
     assert not [name for name, content in os.environ.items() if len(content) > 30 and content in text]
+
+
+@pytest.mark.parametrize(
+    ("hardware", "has", "found"),
+    [
+        ("1xcpu", {"g++"}, "ok /usr/bin/g++"),
+        ("1xcpu", set(), "error torch.compile needs a C++ compiler, and there is no g++ or clang++"),
+        ("1xA100-80GB", {"gcc", "triton"}, "ok /usr/bin/gcc"),
+        ("1xA100-80GB", {"gcc"}, "error torch.compile needs Triton, which is not installed"),
+        ("1xA100-80GB", set(), "error torch.compile's Triton needs a C compiler, and there is no gcc or clang or cc"),
+    ],
+)
+def test_torch_compile_finds_what_it_makes_kernels_with(
+    monkeypatch: pytest.MonkeyPatch, hardware: str, has: set[str], found: str
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name in has else None)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: name in has or None if name == "triton" else find_spec(name)
+    )
+    plan = planned({"config": CONFIG}, hardware, train={"compile": True})
+    (finding,) = _compiler(plan)
+    assert f"{finding.level} {finding.found}" == found
+    assert not list(_compiler(planned({"config": CONFIG}, hardware)))

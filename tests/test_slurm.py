@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import nodes
+from launcher import connecting
 from launcher.cluster import resolve_cluster
 from launcher.cluster.slurm import nodes_of_job
 from launcher.errors import UsageError
@@ -78,7 +78,7 @@ def test_in_a_job_srun_takes_the_place_of_ssh(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("launcher.command.sys.executable", "/venv/bin/python")
     nodes_of_job.cache_clear()
     try:
-        argv = nodes.connecting_command(plan, plan.cluster.nodes[1]).argv
+        argv = connecting.connecting_command(plan, plan.cluster.nodes[1]).argv
     finally:
         nodes_of_job.cache_clear()
     assert " ".join(argv) == (

@@ -45,11 +45,11 @@ _ENDLESS_BYTES = 10**15  # so that no plan is refused here
 
 
 def planned(recipe: Mapping[str, Any], num_devices: int = 1, kind: str = "cuda") -> Plan:
-    """The plan of a recipe without `data.path` and `hardware`, on as many devices with memory without end."""
+    """The plan of a recipe without `data.path` and `hardware`, on as many devices with memory without end; under fp16 they lack bf16."""
     whole = {**recipe, "data": {"path": "rows.jsonl", **recipe.get("data", {})}}
     checked = Recipe.model_validate(whole)
     devices = tuple(
-        Device(name=kind, kind=kind, memory_bytes=_ENDLESS_BYTES, bf16=True, index=index)  # type: ignore[arg-type]
+        Device(name=kind, kind=kind, memory_bytes=_ENDLESS_BYTES, bf16=checked.model.dtype != "fp16", index=index)  # type: ignore[arg-type]
         for index in range(num_devices)
     )
     cluster = Cluster(nodes=(Node(host="localhost", devices=devices),), source=f"{num_devices} endless devices")
@@ -246,11 +246,14 @@ def build(plan: Plan) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from launcher.worker.adapters import with_adapter
+    from launcher.worker.attention import repeat_keys
 
     config = dict(plan.recipe.model.config or {})
     described = AutoConfig.for_model(config.pop("model_type"), **config)
     model = AutoModelForCausalLM.from_config(described, dtype=DTYPES[plan.weights_dtype])
     model.config.use_cache = False
+    if not plan.cluster.has_flash(plan.dtype):
+        repeat_keys(model)
     if plan.recipe.model.quantization != "none":
         from .quantized import quantize
 

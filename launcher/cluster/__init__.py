@@ -1,7 +1,7 @@
 """In: `hardware:` of a recipe (`8xA800-80GB`, `2xcpu`, a list of cards, `auto`), nvidia-smi, /proc, a hostfile. Out: a `Cluster`.
 
-`model` is what a cluster is, `cards` what a card can do (gpus.yaml), `machine` what is here, `hardware` what a recipe names,
-`of_map` what a device map names, `hostfile` the nodes of several machines, `slurm` those of a job.
+`model` is what a cluster is, `cards` what a card can do (gpus.yaml), `machine` what is here, `nvidia` its cards, `hardware` what a
+recipe names, `of_map` what a device map names, `hostfile` the nodes of several machines, `slurm` those of a job.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from launcher.cluster.cards import Card, card, card_names, card_of, same_card
 from launcher.cluster.hardware import found_on_this_machine, on_this_machine, resolve_cluster, this_machine
 from launcher.cluster.machine import (
     available_memory_bytes,
-    driver_version,
     host_memory_bytes,
     is_here,
-    nvidia_on_the_bus,
     oom_kills,
     process_limit,
     usable_cores,
 )
-from launcher.cluster.model import GIB, MIB, Cluster, Device, Node
+from launcher.cluster.model import GIB, MIB, Cluster, Device, Node, named
+from launcher.cluster.nvidia import driver_version, nvidia_on_the_bus
 from launcher.cluster.of_map import cluster_of_map
 from launcher.cluster.slurm import nodes_of_job
 
@@ -38,6 +37,7 @@ __all__ = [
     "found_on_this_machine",
     "host_memory_bytes",
     "is_here",
+    "named",
     "nodes_of_job",
     "nvidia_on_the_bus",
     "on_this_machine",

@@ -81,11 +81,19 @@ def matching(model: str, memory_gib: float | None) -> Card | None:
     return found[0] if len(found) == 1 else None
 
 
-def unknown_card(name: str, model: str, you_set: str) -> UsageError:
+def unknown_card(name: str, you_set: str) -> UsageError:
     """The error for a name that is no line of gpus.yaml, or several."""
-    same = [known for known in card_names() if split_name(known)[0] == model]
+    model, memory_gib = split_name(name)
+    same = [card(known) for known in card_names() if split_name(known)[0] == model]
     if same:
-        return UsageError(you_set, f"`{name}` is sold as {' and '.join(same)}", f"write `{same[-1]}`")
+        found = f"`{name}` is sold as {' and '.join(known.name for known in same)}"
+        larger = [known for known in same if memory_gib and known.memory_gib > memory_gib]
+        if not memory_gib or not larger:
+            return UsageError(you_set, found, f"write `{same[-1].name}`")
+        less_gib = larger[0].memory_gib - memory_gib
+        found = f"{found}, with {larger[0].memory_gib:g} GiB"
+        to_type = f"write `{larger[0].name}`, or `{larger[0].name} reserved={less_gib:g}GiB` for one that has {memory_gib:g} GiB"
+        return UsageError(you_set, found, to_type)
     by_model = {split_name(known)[0]: known for known in reversed(card_names())}
     near = [by_model[close] for close in difflib.get_close_matches(model, by_model, n=3, cutoff=0.6)]
     to_type = (

@@ -88,8 +88,8 @@ def _norms(request: MemoryRequest) -> int:
 def _attention_bytes(request: MemoryRequest) -> int:
     """Query, key, value, output and a number a head; with a mask one bias for all heads, and keys for every head.
 
-    Without a mask the kernel shares the keys of a group itself; with one transformers repeats them. A value cut out of a
-    fused projection keeps all of it. Attention that is written out keeps the softmax in fp32 and its cast; torch's own
+    Without a mask the flash kernel shares the keys of a group itself; elsewhere they are repeated (`worker/attention.py`). A value cut
+    out of a fused projection keeps all of it. Attention that is written out keeps the softmax in fp32 and its cast; torch's own
     fallback, to which one key head under Falcon's code leads, computes in fp32 all over.
     """
     shape, c, tokens = request.shape, request.compute_dtype_bytes, request.num_tokens
@@ -98,8 +98,12 @@ def _attention_bytes(request: MemoryRequest) -> int:
         return tokens * (q_size * 4 * (3 if request.masked else 1) + _scores(request) * 4)
     if _writes_scores(shape):
         return tokens * (4 * q_size * c + _scores(request) * (4 if c == 4 else 4 + c))
-    keys = 2 * (q_size if request.masked else kv_size) * c
-    fused = (q_size + kv_size) * c if "self_attn.qkv_proj" in shape.linears and not request.masked else 0
+    keys = 2 * (q_size if request.masked or not request.shares_keys else kv_size) * c
+    fused = (
+        (q_size + kv_size) * c
+        if "self_attn.qkv_proj" in shape.linears and not request.masked and request.shares_keys
+        else 0
+    )
     mask = tokens * _row(request) * c if request.masked else 0
     return tokens * (2 * q_size * c + keys + fused + 4 * shape.num_heads) + mask
 

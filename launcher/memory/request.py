@@ -36,7 +36,8 @@ class MemoryRequest(BaseModel):
     `weights_dtype_bytes` is that of the base as it lies in memory (what is quantized is counted apart), `adapter` says
     which inputs have to be kept; None is LoRA on the family's own targets without dropout. `accumulation`: micro
     batches of a step; from the second on the gradients of the first are there. Under `logits: labels` every token is counted
-    as one with a label.
+    as one with a label. `shares_keys`: torch's flash attention runs there, and takes heads in groups that share their keys
+    (`Cluster.has_flash`). `flash`: whether attention is told where the rows of a pack begin, and needs no mask for it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,11 +55,13 @@ class MemoryRequest(BaseModel):
     batching: Literal["padded", "bucketed", "packed"] = "padded"
     accumulation: int = 2
     gradient_checkpointing: bool = False
+    flash: bool = False
     logits: Logits = "whole"
     strategy: Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp", "device_map"] = "single"
     offload: Literal["none", "optimizer", "parameters"] = "none"
     num_processes: int = 1
     kind: Literal["cuda", "cpu"] = "cuda"
+    shares_keys: bool = True
 
     @property
     def num_tokens(self) -> int:
@@ -106,6 +109,8 @@ class MemoryRequest(BaseModel):
 
         The longest micro batch is counted as if some row of it were padded. Rows of a known family need none for that (`unmasked`).
         """
+        if self.flash and self.batching == "packed":
+            return False
         return self.micro_batch > 1 and not unmasked(self.logits, self.batching, self.strategy)
 
     @property

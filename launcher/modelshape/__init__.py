@@ -1,6 +1,7 @@
 """In: `model:` and `adapter:` of a recipe. Out: `ModelShape`, parameters by module, exact to the tensor, without torch.
 
-Read `files` (config.json, safetensors headers, hub cache, catalogue.yaml), then `layouts` (the formulas by family).
+Read `files` (config.json, hub cache, catalogue.yaml), `headers` (safetensors), `kinds` (what is refused), then `layouts` (the
+formulas by family).
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from launcher.errors import UsageError
-from launcher.families import Family, family, family_of, former_of
+from launcher.errors import PreflightError, UsageError
+from launcher.families import Family, family, family_of
 from launcher.modelshape.files import (
     cached_snapshot,
     catalogue_config,
     catalogue_names,
     config_of_folder,
     local_folder,
+    near_names,
     read_config,
-    read_tensors,
 )
-from launcher.modelshape.layouts import MissingKeyError, dims_of, layout_of
+from launcher.modelshape.headers import read_tensors
+from launcher.modelshape.kinds import refuse_other_kinds
+from launcher.modelshape.layouts import MissingKeyError, dims_of, layout_of, positions_of
 from launcher.native import Native, Refusal, native_config
 from launcher.recipe.schema import Adapter, Model
 
@@ -44,8 +47,6 @@ __all__ = [
 
 # Ten times more than any model has; beyond it a mistyped number would keep the planner busy for ever.
 _MOST_LAYERS = 2000
-# What the longest row is called in a config: everywhere, by ChatGLM, by the first one, by Baichuan, by GPT-2's kin.
-_LENGTHS = ("max_position_embeddings", "seq_length", "max_sequence_length", "model_max_length", "n_positions")
 
 
 class ModelShape(BaseModel):
@@ -55,9 +56,9 @@ class ModelShape(BaseModel):
     module of one layer that has parameters of its own -> their number. `outer`: the same beside the layers, by full
     name. `head_parameters` is 0 when the head is the embedding. `mlp_width`: that of all MLPs of a layer that one token
     goes through, which is more than `intermediate_size` in a mixture of experts. `mlp_tensors`: values as wide as it that
-    its activation keeps for the backward pass (see `layouts.Layout`). `rms_norm`: RMSNorm, else LayerNorm. `source` says
-    where all this was read. `native`: the model is converted, and all this is that of the native class; `not_native`:
-    why a model with code of its own is not. `max_tokens`: the longest row that the model was made for, where its config says so.
+    its activation keeps for the backward pass (see `layouts.Layout`). `rms_norm`: RMSNorm, else LayerNorm. `positions`: how
+    many its config says it knows, None where it does not. `source` says where all this was read. `native`: the model is
+    converted, and all this is that of the native class; `not_native`: why a model with code of its own is not.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -86,9 +87,9 @@ class ModelShape(BaseModel):
     rms_norm: bool
     remote_code: bool
     source: str
+    positions: int | None = None
     native: Native | None = None
     not_native: tuple[str, ...] = ()
-    max_tokens: int | None = None
 
     @property
     def prompts(self) -> str:
@@ -124,10 +125,11 @@ def shape_of(model: Model, base_dir: Path) -> ModelShape:
     shipped = catalogue_config(model.path)
     if shipped is not None:
         return _native_shape(shipped, model.path, "the shipped catalogue")
+    near = "".join(f"did you mean model.path={name}? Else " for name in near_names(model.path))
     raise UsageError(
         f"model.path: {model.path}",
         "it is no folder, not in the hub cache of this machine and not in the shipped catalogue",
-        "type `launch prepare RECIPE` to fetch it, or give a folder that holds its config.json",
+        f"{near}type `launch prepare RECIPE` to fetch it, or give a folder that holds its config.json",
     )
 
 
@@ -145,9 +147,9 @@ def shape_of_config(config: Mapping[str, Any], name: str, source: str) -> ModelS
     """The shape that a transformers config describes, by the formulas of its family.
 
     Raises:
-        UsageError: the config lacks a dimension.
+        UsageError: the config lacks a dimension, or describes another kind of model.
     """
-    _refuse_other_kinds(config, name, source)
+    refuse_other_kinds(config, name, source)
     known = family_of(config)
     try:
         dims = dims_of(config, known)
@@ -160,6 +162,9 @@ def shape_of_config(config: Mapping[str, Any], name: str, source: str) -> ModelS
         raise UsageError(
             f"model: {name}", f"the config ({source}) has {dims.num_layers} layers", f"give 1 to {_MOST_LAYERS}"
         )
+    if dims.num_heads % dims.num_kv_heads:
+        found = f"the config ({source}) has {dims.num_heads} heads in {dims.num_kv_heads} groups of keys"
+        raise UsageError(f"model: {name}", found, "write a number of key heads that divides the heads")
     layer_parameters = sum(layout.modules.values())
     guess = " (as if it were a Llama: its family is not in families.yaml)" if known.name == "unknown" else ""
     return ModelShape(
@@ -185,43 +190,41 @@ def shape_of_config(config: Mapping[str, Any], name: str, source: str) -> ModelS
         mlp_width=dims.mlp_width,
         mlp_tensors=layout.mlp_tensors,
         rms_norm=layout.rms_norm,
+        positions=positions_of(config),
         remote_code=known.needs_remote_code or (known.name == "unknown" and "auto_map" in config),
         source=source + guess,
-        max_tokens=next((config[key] for key in _LENGTHS if isinstance(config.get(key), int)), None),
     )
 
 
-def _refuse_other_kinds(config: Mapping[str, Any], name: str, source: str) -> None:
-    """Raise for a config whose kind of model no formula here describes, whatever its numbers."""
-    model_type = str(config.get("model_type", ""))
-    former = former_of(model_type)
-    if former is not None:
-        found = f"the config ({source}) says model_type {model_type}, as it did before transformers had a class for {former}"
-        raise UsageError(
-            f"model: {name}", found, f"fetch today's revision, whose config says {former}: model.revision=null"
-        )
-    if isinstance(config.get("text_config"), Mapping):
-        found = f"the config ({source}) is that of a model of texts and images, which this version does not train"
-        raise UsageError(f"model: {name}", found, "take a model of texts alone, e.g. model.path=google/gemma-3-1b-it")
-    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
-        found = f"the config ({source}) mixes layers with and without experts, which this version does not plan"
-        raise UsageError(
-            f"model: {name}", found, "take a model whose layers are alike, e.g. model.path=Qwen/Qwen3-30B-A3B"
-        )
-
-
 def _with_tensors(shape: ModelShape, folder: Path, complete: bool) -> ModelShape:
-    """The shape with what the safetensors headers of a folder say instead of the formulas."""
+    """The shape with what the safetensors headers of a folder say.
+
+    A known family has the parameters of its formulas, which are exact to the tensor; of another one the headers know better.
+
+    Raises:
+        PreflightError: a file cannot be read, or these are the weights of another model than config.json's.
+    """
     tensors = read_tensors(folder, complete)
     if not tensors:
         return shape
     head = family(shape.family).head + ".weight"
     counted = {name: size for name, size in tensors.items() if not (shape.tie_word_embeddings and name == head)}
+    stored, wanted = sum(math.prod(dims) for dims, _ in counted.values()), shape.num_parameters
+    remark = ""
+    if shape.family == "unknown":
+        wanted = stored
+    elif (
+        stored + shape.head_parameters < wanted
+    ):  # a head that is missing may be the embedding, which loading finds out
+        found = f"its safetensors files hold {stored:,} parameters, its config.json describes {wanted:,}"
+        raise PreflightError(f"model.path: {folder}", found, "copy config.json and weights of one model there")
+    elif stored != wanted:
+        remark = f", which hold {stored:,} parameters where the config describes {wanted:,}"
     return shape.model_copy(
         update={
-            "num_parameters": sum(math.prod(dims) for dims, _ in counted.values()),
-            "stored_bytes": sum(stored for _, stored in tensors.values()),
-            "source": f"{shape.source} (config.json and safetensors headers)",
+            "num_parameters": wanted,
+            "stored_bytes": sum(num_bytes for _, num_bytes in tensors.values()),
+            "source": f"{shape.source} (config.json and safetensors headers{remark})",
         }
     )
 

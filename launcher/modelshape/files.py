@@ -1,16 +1,15 @@
-"""In: a folder or a hub id. Out: config.json and the safetensors headers, read from the disk and nothing else.
+"""In: a folder or a hub id. Out: its config.json, read from the disk and nothing else.
 
 Nothing is downloaded: a hub id is looked up in the cache that huggingface_hub left, then in catalogue.yaml.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
-from collections.abc import Mapping
 from functools import cache
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,7 @@ from ruamel.yaml import YAML
 
 from launcher.errors import PreflightError, UsageError
 
-_DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}  # the rest has one byte
-# Saved by some, but no parameters: they follow from the config.
-_BUFFERS = re.compile(r"(inv_freq|rotary_emb\.(cos|sin)_cached|attn\.(masked_)?bias)$")
-_INDEX = "model.safetensors.index.json"
+_LONGEST_ID = 96  # letters that the hub allows
 
 
 @cache
@@ -46,16 +42,35 @@ def catalogue_config(hub_id: str) -> dict[str, Any] | None:
     return catalogue_config(value) if isinstance(value, str) else dict(value)
 
 
+def near_names(hub_id: str) -> list[str]:
+    """The one name of the catalogue that was meant: another letter case, or no owner; else one that is nearly the same; or none."""
+    wanted = hub_id.lower()
+    same = [known for known in catalogue_names() if wanted in (known.lower(), known.partition("/")[2].lower())]
+    return (same or difflib.get_close_matches(hub_id, catalogue_names(), n=1, cutoff=0.85))[:1]
+
+
 def local_folder(path_or_id: str, base_dir: Path) -> Path | None:
     """The folder that a model path means, counted from `base_dir`; None where it can only be a hub id.
 
     Raises:
         UsageError: it looks like a folder and none is there.
     """
-    folder = base_dir / Path(path_or_id).expanduser()
-    if folder.is_dir():
-        return folder
-    if re.match(r"[./~\\]", path_or_id) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path_or_id):
+    try:
+        folder = base_dir / Path(path_or_id).expanduser()
+        if folder.is_dir():
+            return folder
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # longer than names may be, of a user that there is not, or with a NUL in it
+        shown = path_or_id if len(path_or_id) < 60 else f"{path_or_id[:50]}… ({len(path_or_id):,} letters)"
+        found = f"can be no folder: {getattr(error, 'strerror', None) or error}"
+        raise UsageError(
+            f"model.path: {shown}", found, "give a folder with config.json, or a hub id such as org/name"
+        ) from None
+    hub_id = len(path_or_id) <= _LONGEST_ID and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path_or_id)
+    if re.match(r"[./~\\]", path_or_id) or not hub_id:
         raise UsageError(
             f"model.path: {path_or_id}",
             f"there is no folder {folder}",
@@ -71,10 +86,10 @@ def hub_cache() -> Path:
 
 
 def cached_snapshot(hub_id: str, revision: str | None = None) -> Path | None:
-    """The folder of that model in huggingface_hub's cache, None where it is not there."""
+    """The folder of that model in huggingface_hub's cache, None where it is not there, or where it is not said which commit is meant."""
     model_dir = hub_cache() / f"models--{hub_id.replace('/', '--')}"
     ref = model_dir / "refs" / (revision or "main")
-    commit = ref.read_text().strip() if ref.is_file() else revision
+    commit = ref.read_text(encoding="utf-8", errors="replace").strip() if ref.is_file() else revision
     snapshot = model_dir / "snapshots" / commit if commit else None
     return snapshot if snapshot is not None and (snapshot / "config.json").is_file() else None
 
@@ -108,96 +123,10 @@ def config_of_folder(folder: Path, name: str | None = None) -> dict[str, Any]:
             "the folder has no config.json",
             "give the folder that save_pretrained wrote, or a hub id",
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PreflightError(
             f"model.path: {folder}", f"{file} cannot be read: {error}", "write config.json again"
         ) from None
     if not isinstance(config, dict):
         raise PreflightError(f"model.path: {folder}", f"{file} holds no JSON object", "write config.json again")
     return config if name is None else {"_name_or_path": Path(name).name, **config}
-
-
-def read_tensors(folder: Path, complete: bool = True) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Every parameter of a folder's safetensors files: name -> (shape, stored bytes). Empty where there are none.
-
-    Only headers are read: 8 bytes of length, then JSON (https://huggingface.co/docs/safetensors, "Format").
-
-    Args:
-        complete: a shard that the index names and the folder lacks is an error; else there is nothing to read.
-
-    Raises:
-        PreflightError: a shard is missing or cut short, or the index cannot be read.
-    """
-    tensors: dict[str, tuple[tuple[int, ...], int]] = {}
-    for file in _shards(folder, complete):
-        for name, entry in read_header(file).items():
-            if name != "__metadata__" and not _BUFFERS.search(name):
-                shape = tuple(entry["shape"])
-                tensors[name] = shape, prod(shape) * _DTYPE_BYTES.get(entry["dtype"], 1)
-    return tensors
-
-
-def stored_dtypes(folder: Path) -> set[str]:
-    """Precisions of the floating-point tensors in a folder's safetensors files (`BF16`, `F32`, …); empty where a file lacks.
-
-    Raises:
-        PreflightError: a shard is cut short, or the index cannot be read.
-    """
-    entries = [
-        entry
-        for file in _shards(folder, complete=False)
-        for name, entry in read_header(file).items()
-        if name != "__metadata__"
-    ]
-    return {entry["dtype"] for entry in entries if "F" in entry["dtype"]}
-
-
-def _shards(folder: Path, complete: bool) -> list[Path]:
-    """The safetensors files that make up the model of a folder."""
-    index = folder / _INDEX
-    if not index.is_file():
-        single = folder / "model.safetensors"
-        return [single] if single.is_file() else []
-    try:
-        files = [
-            folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        ]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise PreflightError(
-            f"model.path: {folder}", f"{index.name} cannot be read: {type(error).__name__}", f"copy {index.name} again"
-        ) from None
-    missing = [file.name for file in files if not file.is_file()]
-    if missing and complete:
-        raise PreflightError(
-            f"model.path: {folder}",
-            f"{index.name} names {', '.join(missing)}, which the folder lacks",
-            f"copy {missing[0]} there",
-        )
-    return [] if missing else files
-
-
-def read_header(file: Path) -> Mapping[str, Any]:
-    """The header of a safetensors file.
-
-    Raises:
-        PreflightError: the file is shorter than its header says, or has no header.
-    """
-    you_set, to_type = f"model.path: {file.parent}", f"copy or download {file.name} again"
-    size_bytes = file.stat().st_size
-    with file.open("rb") as stream:
-        header_bytes = int.from_bytes(stream.read(8), "little")
-        if header_bytes + 8 > size_bytes:
-            raise PreflightError(you_set, f"{file.name} is cut short in its header ({size_bytes} bytes)", to_type)
-        try:
-            header: dict[str, Any] = json.loads(stream.read(header_bytes))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise PreflightError(you_set, f"{file.name} is not a safetensors file", to_type) from None
-    wanted_bytes = 8 + header_bytes + max(ends, default=0)
-    if wanted_bytes > size_bytes:
-        raise PreflightError(
-            you_set,
-            f"{file.name} is cut short: its header says {wanted_bytes} bytes, the file has {size_bytes}",
-            to_type,
-        )
-    return header

@@ -122,6 +122,22 @@ def layout_of(config: Mapping[str, Any], family: Family, dims: Dims) -> Layout:
     return layout
 
 
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """How many positions a config says its model knows, stretched ones included; None where it does not say, or needs none (ALiBi)."""
+    names = ("max_position_embeddings", "seq_length", "max_sequence_length", "n_positions")
+    known: int | None = next((config[name] for name in names if isinstance(config.get(name), int)), None)
+    if known is None or known < 1 or config.get("alibi") or config.get("model_type") == "bloom":
+        return None
+    rope = config.get("rope_scaling") or config.get("rope_parameters")
+    rope = rope if isinstance(rope, Mapping) else {}
+    kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
+    # Llama 3's kind and those that name the original length count the stretched positions themselves.
+    if kind not in ("linear", "dynamic", "yarn") or not isinstance(factor, int | float) or not 1 <= factor < 1e6:
+        return known
+    original = rope.get("original_max_position_embeddings")
+    return max(known, int((original if isinstance(original, int) else known) * factor))
+
+
 def _getter(config: Mapping[str, Any], family: Family) -> Callable[..., int]:
     """Reads a whole number under any of its names; absent is the family's default, null the computed one."""
 

@@ -1,8 +1,9 @@
 """(Recipe, Cluster, ModelShape) in, one frozen Plan out: everything that was `auto` decided, each decision with its reason.
 
 Pure: no file is read and no device is touched. The plan goes to RUN/plan.json as it is, and the workers read nothing else.
-`model` is what a plan is, `deciding` how it is made, `searching` what is fastest, `deepspeed` DeepSpeed's JSON of it, `remedies` what to
-type when it does not fit, `continuing` what of a checkpoint has to be the same, `chatting` where a trained model lies to talk to it.
+`model` is what a plan is, `deciding` how it is made, `searching` what is fastest, `packing` whether rows are packed, `deepspeed`
+DeepSpeed's JSON of it, `remedies` what to type when it does not fit, `continuing` what of a checkpoint has to be the same, `chatting`
+where a trained model lies to talk to it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from launcher.modelshape import ModelShape
 from launcher.plan.chatting import CONTEXT_TOKENS, ChatPlan, chat_plan
 from launcher.plan.continuing import checkpoint_bytes, identity, other_world, what_changed
 from launcher.plan.deciding import Deciding
-from launcher.plan.deepspeed import deepspeed_json, read_given
+from launcher.plan.deepspeed import deepspeed_json, read_given, swap_buffers_bytes
 from launcher.plan.model import (
     DTYPE_BYTES,
     Alternative,
@@ -53,6 +54,7 @@ __all__ = [
     "read_given",
     "read_plan",
     "steps_per_epoch",
+    "swap_buffers_bytes",
     "time_of_rows",
     "total_steps",
     "what_changed",

@@ -83,7 +83,7 @@ def chat_plan(plan: Plan, cluster: Cluster, device_map: DeviceMap | None, contex
     """
     if problems := list(range_problems(device_map, cluster, plan.shape)):
         raise RecipeError(problems)
-    num, most = plan.shape.num_layers, plan.shape.max_tokens
+    num, most = plan.shape.num_layers, plan.shape.positions
     if context is None:
         context = min(CONTEXT_TOKENS, most or CONTEXT_TOKENS)
     elif most is not None and context > most:

@@ -44,6 +44,7 @@ def identity(plan: Plan) -> dict[str, Any]:
         "adapter.targets": plan.targets if isinstance(plan.targets, str) else list(plan.targets),
         "adapter.modules_to_save": list(recipe.adapter.modules_to_save),
         "data.batching": plan.batching,
+        **({"data.shuffle_rows": recipe.data.shuffle_rows} if recipe.data.streaming else {}),
         "train.optimizer": recipe.train.optimizer,
         "train.seed": recipe.train.seed,
         "train.global_batch": recipe.train.global_batch,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from launcher import __version__
 from launcher.cluster import GIB, Cluster
-from launcher.compat import fixes_for, transformers_version
+from launcher.compat import fixes_for
 from launcher.errors import Problem, RecipeError
 from launcher.families import family, template_names
+from launcher.installed import version_of
 from launcher.memory import Logits
 from launcher.modelshape import (
     ModelShape,
@@ -18,19 +21,20 @@ from launcher.modelshape import (
 )
 from launcher.plan.beside import beside
 from launcher.plan.mapped import (
-    device_problems,
     enough_micro_batches,
     explanations,
+    map_problems,
     not_pipelined,
-    range_problems,
     schedules,
     why_micro_batches,
 )
 from launcher.plan.model import Batching, Decision, Dtype, Plan, Targets, budget_bytes
-from launcher.plan.searching import FREE_SHARE, Choice, Option, Question, choose
+from launcher.plan.packing import attention_for, cheaper
+from launcher.plan.remarks import remarks
+from launcher.plan.searching import FREE_SHARE, Choice, Option, Question, choose, why_shares, why_strategy
 from launcher.recipe import Recipe
 from launcher.recipe.device_maps import DeviceMap
-from launcher.recipe.rules import unshardable
+from launcher.recipe.rules import uncompilable, unshardable
 
 # Larger micro batches bring no speed on these devices and make the heaviest batch heavier.
 _LARGEST_MICRO_BATCH = {"cuda": 64, "cpu": 8}
@@ -68,24 +72,23 @@ class Deciding:
         recipe = self.recipe
         self._check_template()
         self._check_quantization()
+        self._check_compile()
         self._native()
+        self.decisions += remarks(recipe, self.cluster, self.shape, self.device_map)
         fixes = self._fixes()
         self._template()
         strategies = self._strategies()
-        self.problems += range_problems(self.device_map, self.cluster, self.shape)
-        if strategies == ["device_map"]:
-            self.problems += device_problems(recipe, self.device_map, self.cluster)
+        self.problems += map_problems(recipe, self.device_map, self.cluster, self.shape, strategies)
         self.dtype = self._dtype()
         targets = self._targets()
         batching = self._batching()
         trained = 0 if self.problems else trainable_parameters(self.shape, recipe.adapter)
         question = Question(recipe, self.cluster, self.shape, self.dtype, batching, trained, self.device_map)
+        question = replace(question, attention=attention_for(question)[0])
         options = self._options(question, strategies)
         if self.problems:
             raise RecipeError(self.problems)
-        choice = choose(question, options)
-        if strategies == ["device_map"] and self.cluster.num_devices > 1 and choice.chosen.fits:
-            choice = beside(question, choice, options, self._sizes(1))
+        question, choice = self._chosen(question, options, alone_too=strategies == ["device_map"])
         chosen = choice.chosen.option
         self._explain(question, choice)
         return Plan(
@@ -105,10 +108,13 @@ class Deciding:
             accumulation=recipe.train.global_batch // (question.num_replicas(chosen.strategy) * chosen.micro_batch),
             global_batch=recipe.train.global_batch,
             gradient_checkpointing=choice.chosen.gradient_checkpointing,
-            batching=batching,
+            batching=question.batching,
+            attention=question.attention if question.batching == "packed" else "sdpa",
             logits=question.logits(chosen.strategy),
             memory=choice.chosen.memory,
             time=choice.chosen.time,
+            shares=choice.chosen.shares,
+            rank_bytes=choice.chosen.rank_bytes,
             alternatives=choice.alternatives(),
             device_map=self.device_map,
             schedule=chosen.schedule,
@@ -117,6 +123,16 @@ class Deciding:
             decisions=tuple(self.decisions),
             fixes=fixes,
         )
+
+    def _chosen(self, question: Question, options: list[Option], alone_too: bool) -> tuple[Question, Choice]:
+        """The best of the options, and whether its rows are packed; `alone_too` shows a device map what it is beside."""
+        choice = choose(question, options)
+        if alone_too and self.cluster.num_devices > 1 and choice.chosen.fits:
+            choice = beside(question, choice, options, self._sizes(1))
+        if self.recipe.data.batching == "auto":
+            question, choice, decision = cheaper(question, choice)
+            self.decisions.append(decision)
+        return question, choice
 
     def _decide(self, key: str, value: str, because: str) -> None:
         self.decisions.append(Decision(key=key, value=value, because=because))
@@ -167,7 +183,7 @@ class Deciding:
         """What is mended about the model's own code, where that is what runs."""
         if self.shape.native is not None or not self.shape.remote_code:
             return ()
-        fixes = fixes_for(self.shape.family, transformers_version())
+        fixes = fixes_for(self.shape.family, version_of("transformers"))
         for fix in fixes:
             self._decide("model.compat", f"{fix.name} ({fix.range})", fix.mends)
         return tuple(fix.name for fix in fixes)
@@ -191,9 +207,10 @@ class Deciding:
         return [name for name in ("ddp", "fsdp", "zero2", "zero1", "zero3") if not self._forbidden(name)]
 
     def _forbidden(self, strategy: str) -> bool:
-        """Whether what the recipe trains cannot be sharded so."""
+        """Whether what the recipe trains cannot be sharded so, or not compiled."""
         asked = self.recipe.strategy.model_copy(update={"type": strategy})
-        return any(unshardable(self.recipe.model_copy(update={"strategy": asked})))
+        asked_so = self.recipe.model_copy(update={"strategy": asked})
+        return any(unshardable(asked_so)) or any(uncompilable(asked_so))
 
     def _dtype(self) -> Dtype:
         asked, on_cpu = self.recipe.model.dtype, self.cluster.kind == "cpu"
@@ -225,6 +242,13 @@ class Deciding:
         if recipe.adapter.type == "dora" and recipe.model.quantization == "int8" and self.cluster.kind == "cpu":
             found = "dora over an int8 base fails at its second step on a CPU. Set adapter.type=lora, or model.quantization=nf4"
             self._problem("adapter.type", found)
+
+    def _check_compile(self) -> None:
+        if self.recipe.train.compile and self.shape.remote_code:
+            found = (
+                f"the code that comes with {self.shape.name} was not written for a compiler. Set train.compile=false"
+            )
+            self._problem("train.compile", found)
 
     def _targets(self) -> Targets:
         adapter = self.recipe.adapter
@@ -268,11 +292,7 @@ class Deciding:
                 "Set data.batching=bucketed"
             )
             self._problem("data.batching", found)
-        if asked != "auto":
-            return asked
-        because = "rows of like length leave little padding, and a pack's mask grows with the square of its length"
-        self._decide("data.batching", "bucketed", because)
-        return "bucketed"
+        return asked if asked != "auto" else "bucketed"  # until the whole of it is priced
 
     def _options(self, question: Question, strategies: list[str]) -> list[Option]:
         """Every combination that the recipe leaves open."""
@@ -326,7 +346,7 @@ class Deciding:
         """The reasons of what was chosen; the figures of what was not are the plan's alternatives."""
         recipe, option = self.recipe, choice.chosen.option
         if recipe.strategy.type == "auto":
-            self._decide("strategy.type", option.strategy, _reason(choice, self.cluster.num_devices))
+            self._decide("strategy.type", option.strategy, why_strategy(choice, self.cluster.num_devices))
         if question.weights_dtype(option.strategy) != self.dtype:
             self._decide("weights", "fp32", f"{self.dtype} alone loses small updates of trained weights")
         if option.strategy == "device_map":
@@ -340,6 +360,8 @@ class Deciding:
             if option.schedule == "pipelined":
                 because = f"the fastest that fits: {why_micro_batches(question, choice.chosen, self._sizes(1))}"
             self._decide("train.micro_batch", str(option.micro_batch), because)
+        if choice.chosen.shares:
+            self.decisions.append(why_shares(question, choice.chosen))
         self._decide("logits", *_LOGITS[question.logits(option.strategy)])
         if recipe.train.gradient_checkpointing == "auto":
             value, because = "false", "everything fits without computing layers twice"
@@ -352,25 +374,6 @@ class Deciding:
             elif choice.chosen.gradient_checkpointing:
                 value, because = "true", "activations do not fit without, or only of batches too small to be fast"
             self._decide("train.gradient_checkpointing", value, because)
-
-
-def _reason(choice: Choice, num_devices: int) -> str:
-    """Why a strategy, in words; the figures stand in the plan's alternatives."""
-    if num_devices == 1:
-        return "there is one device"
-    if all(other.option.strategy == choice.chosen.option.strategy for other in choice.others):
-        return f"a copy of the model on each of {num_devices} devices"
-    if not choice.chosen.fits:
-        return "needs least memory, and that is still too much"
-    fitting = [
-        other for other in choice.others if other.fits and other.option.strategy != choice.chosen.option.strategy
-    ]
-    if not fitting:
-        return "nothing else fits"
-    fastest = min(other.time.total_s for other in fitting)
-    if fastest < choice.chosen.time.total_s:
-        return "the simplest of those that are as fast as any"
-    return "the fastest that fits"
 
 
 def _no_multiple(number: int, unit: int, what: str) -> str:

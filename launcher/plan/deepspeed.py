@@ -7,14 +7,19 @@ buckets, overlap, pinned memory.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import Problem, RecipeError
-from launcher.plan.model import Plan
+from launcher.modelshape import ModelShape
+from launcher.plan.model import DTYPE_BYTES, Plan
 
 Json = dict[str, Any]
 KEY = "strategy.deepspeed"
+# On the way to a disk: values that the optimizer steps on at once, on a rank; and buffers, of a parameter's part each.
+_SUB_GROUP = 10**8
+_NUM_BUFFERS = 5
 # What makes optimizer and schedule, in DeepSpeed's file and in the recipe.
 _TRAIN = {
     "optimizer": ("train.optimizer", "train.lr", "train.weight_decay"),
@@ -30,12 +35,17 @@ _FROM = {
     "zero_optimization.stage": "strategy.type",
     "zero_optimization.offload_optimizer.device": "strategy.offload",
     "zero_optimization.offload_param.device": "strategy.offload",
+    "zero_optimization.offload_optimizer.nvme_path": "strategy.nvme_path",
+    "zero_optimization.offload_param.nvme_path": "strategy.nvme_path",
 }
 
 
 def generated(plan: Plan) -> Json:
     """The JSON of a plan under zero1, zero2 or zero3; every value in it follows from the recipe."""
-    offload = plan.recipe.strategy.offload
+    strategy = plan.recipe.strategy
+    offloaded = {"device": "cpu"}
+    if strategy.nvme_path is not None:
+        offloaded = {"device": "nvme", "nvme_path": strategy.nvme_path}
     return {
         "train_batch_size": plan.global_batch,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
@@ -45,9 +55,9 @@ def generated(plan: Plan) -> Json:
         "fp16": {"enabled": plan.dtype == "fp16"},
         "zero_optimization": {
             "stage": int(plan.strategy[-1]),
-            "offload_optimizer": {"device": "none" if offload == "none" else "cpu"},
+            "offload_optimizer": {"device": "none"} if strategy.offload == "none" else offloaded,
             **(
-                {"offload_param": {"device": "cpu" if offload == "parameters" else "none"}}
+                {"offload_param": offloaded if strategy.offload == "parameters" else {"device": "none"}}
                 if plan.strategy == "zero3"
                 else {}
             ),
@@ -67,7 +77,41 @@ def _buckets(plan: Plan) -> Json:
             "stage3_prefetch_bucket_size": 9 * width * width // 10,
             "stage3_param_persistence_threshold": 10 * width,
         }
+    if plan.recipe.strategy.nvme_path is not None:
+        sizes |= _swapped(plan)
     return sizes
+
+
+def _swapped(plan: Plan) -> Json:
+    """What passes through host memory at once on its way to a disk and back.
+
+    DeepSpeed's own figures are the same for every model: sub-groups of a billion values, of which it keeps four times four bytes, are
+    more than most models have. Weights: a buffer takes one parameter's part, and as long as a rank may keep gathered ones for their
+    next use there are never enough buffers; so none is kept.
+    """
+    sizes: Json = {"sub_group_size": _SUB_GROUP}
+    if plan.recipe.strategy.offload == "parameters":
+        part = math.ceil(_largest(plan.shape) / plan.num_processes)
+        sizes |= {
+            "offload_param": {"buffer_count": _NUM_BUFFERS, "buffer_size": part, "max_in_cpu": 0},
+            "stage3_max_reuse_distance": 0,
+        }
+    return sizes
+
+
+def swap_buffers_bytes(plan: Plan) -> int:
+    """Host memory of all ranks for what is on its way to a disk or back, 0 where nothing is.
+
+    The optimizer: a weight, its gradient and two moments of a sub-group in fp32, which closes with the parameter that fills it. Weights:
+    the buffers, and once more those of a sub-group, which are written after a step.
+    """
+    strategy = plan.recipe.strategy
+    if strategy.nvme_path is None:
+        return 0
+    part = math.ceil(_largest(plan.shape) / plan.num_processes)
+    group = min(_SUB_GROUP + part, math.ceil(plan.trainable_parameters / plan.num_processes))
+    values = _NUM_BUFFERS * part + group if strategy.offload == "parameters" else 0
+    return plan.num_processes * (4 * 4 * group + values * DTYPE_BYTES[plan.weights_dtype])
 
 
 def deepspeed_json(plan: Plan, given: Json | None) -> Json:
@@ -95,6 +139,11 @@ def deepspeed_json(plan: Plan, given: Json | None) -> Json:
     if problems:
         raise RecipeError(problems)
     return _merged(_merged(sizes, given), ours)
+
+
+def _largest(shape: ModelShape) -> int:
+    """Values of the largest module, and so at least of the largest parameter."""
+    return max(*shape.modules.values(), *shape.outer.values())
 
 
 def read_given(path: str) -> Json:

@@ -38,8 +38,13 @@ _BETTER = 0.99  # of the time: less is no difference
 _MOST_SETS = 2**_MOST_KINDS
 
 
-def device_problems(recipe: Recipe, device_map: DeviceMap | None, cluster: Cluster) -> Iterator[Problem]:
+def map_problems(
+    recipe: Recipe, device_map: DeviceMap | None, cluster: Cluster, shape: ModelShape, strategies: Sequence[str]
+) -> Iterator[Problem]:
     """What keeps a model from being spread over these devices at all."""
+    yield from range_problems(device_map, cluster, shape)
+    if strategies != ["device_map"]:
+        return
     if cluster.num_nodes > 1:
         found = f"a device map spreads a model over the devices of one machine, there are {cluster.num_nodes}"
         to_type = "strategy.type=fsdp" + " strategy.device_map=null" * (recipe.strategy.device_map is not None)

@@ -22,6 +22,7 @@ from launcher.steptime import StepTime
 Dtype = Literal["bf16", "fp16", "fp32"]
 DTYPE_BYTES: dict[Dtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 Batching = Literal["padded", "bucketed", "packed"]
+Attention = Literal["sdpa", "flash_attention_2"]
 Targets = tuple[str, ...] | Literal["all-linear"]
 
 
@@ -102,8 +103,11 @@ class Plan(BaseModel):
         weights_dtype: precision in which the base weights lie in memory (dtype is that of the computation).
         targets: module names that get an adapter; `all-linear`; or empty for full training.
         micro_batch, accumulation, global_batch: rows; global = num_processes × micro × accumulation.
+        attention: which of transformers' implementations computes packs; all else is the model's own choice.
         logits: of which tokens the head computes them in training (`launcher.memory`).
-        memory: bytes of one device, the fullest.
+        memory: bytes of one device, the fullest; where cards are unlike in speed, of the one that has least to spare.
+        shares, rank_bytes: of every rank its share of a step's tokens and the bytes of its device, where cards are unlike in
+            speed; else empty. `micro_batch` is then the mean.
         time: seconds of a step with every row at data.max_length.
         alternatives: the chosen way, then the best of every other kind that was open.
         fixes: what is mended about the model's own classes, by name (`launcher.compat`).
@@ -136,9 +140,12 @@ class Plan(BaseModel):
     global_batch: int
     gradient_checkpointing: bool
     batching: Batching
+    attention: Attention = "sdpa"
     logits: Logits = "whole"
     memory: Memory
     time: StepTime
+    shares: tuple[float, ...] = ()
+    rank_bytes: tuple[int, ...] = ()
     alternatives: tuple[Alternative, ...]
     decisions: tuple[Decision, ...]
     schedule: Schedule | None = None
@@ -170,8 +177,19 @@ class Plan(BaseModel):
     def fullest_bytes(self) -> int:
         """What the fullest rank takes: under a pipeline its fullest stage."""
         if self.pipeline is None:
-            return self.memory.total_bytes
+            return max((self.memory.total_bytes, *self.rank_bytes))
         return max(stage.memory_bytes for stage in self.stages)
+
+    def bytes_of(self, rank: int) -> int:
+        """What the device of a rank takes."""
+        return self.rank_bytes[rank] if self.rank_bytes else self.memory.total_bytes
+
+    @property
+    def tightest(self) -> int:
+        """The place among the cluster's devices of the one that has least to spare."""
+        devices = self.cluster.devices
+        free = [device.memory_bytes - device.reserved_bytes for device in devices]
+        return min(range(len(devices)), key=lambda place: free[place] - self.bytes_of(place))
 
     def device_of(self, rank: int) -> int:
         """The place among the cluster's devices of a rank's own; the first one for the one rank of a naive device map."""
@@ -202,8 +220,15 @@ def read_plan(run: RunDir) -> Plan:
 
 
 def steps_per_epoch(plan: Plan, num_rows: int) -> int:
-    """Optimizer steps in which every training row is seen once."""
+    """Optimizer steps in which every training row is seen once; of a stream, whose rows nobody counts, a tenth of all steps."""
+    if plan.recipe.data.streaming:
+        return max(1, total_steps(plan, num_rows) // 10)
     return -(-num_rows // plan.global_batch)
+
+
+def window_steps(plan: Plan) -> int:
+    """Optimizer steps that share the rows that a stream has read ahead."""
+    return max(1, plan.recipe.data.shuffle_rows // plan.global_batch)
 
 
 def total_steps(plan: Plan, num_rows: int) -> int:
@@ -223,6 +248,9 @@ def budget_bytes(strategy: str, cluster: Cluster) -> int:
 
 def lacking_bytes(plan: Plan) -> int:
     """How many bytes the plan is short of; negative where it fits."""
+    if plan.rank_bytes:
+        devices = zip(plan.cluster.devices, plan.rank_bytes, strict=True)
+        return max(needed - (device.memory_bytes - device.reserved_bytes) for device, needed in devices)
     lacking = plan.memory.total_bytes - budget_bytes(plan.strategy, plan.cluster)
     if plan.strategy == "device_map":  # enough together is not enough: no device may be over its own budget
         return -1 if plan.stages else max(1, lacking)

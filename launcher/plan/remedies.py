@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from launcher.cluster import GIB
-from launcher.errors import DoesNotFitError, RecipeError
+from launcher.cluster import GIB, named
+from launcher.errors import DoesNotFitError, RecipeError, counted
 from launcher.plan.deciding import Deciding
 from launcher.plan.model import Plan, budget_bytes, lacking_bytes
 from launcher.plan.searching import Option, Question
@@ -48,12 +48,11 @@ def does_not_fit(plan: Plan) -> DoesNotFitError:
 def _needed(plan: Plan) -> str:
     """What is needed of what there is, and of what most."""
     devices, free = plan.cluster.devices, budget_bytes(plan.strategy, plan.cluster) / GIB
-    smallest = min(devices, key=lambda device: device.memory_bytes - device.reserved_bytes)
-    where = f"a device with {free:.1f} GiB free ({smallest.name})"
-    if plan.strategy == "device_map":
-        num = f"{len(devices)} devices" if len(devices) > 1 else "a device"
-        together = " together" if len(devices) > 1 else ""
-        where = f"{num} with {free:.1f} GiB free{together} ({' + '.join(device.name for device in devices)})"
+    tightest = devices[plan.tightest]
+    room = (tightest.memory_bytes - tightest.reserved_bytes) / GIB
+    where = f"a device with {room:.1f} GiB free ({tightest.name})"
+    if plan.strategy == "device_map" and len(devices) > 1:
+        where = f"{counted(len(devices), 'device')} with {free:.1f} GiB free together ({named(devices)})"
     parts = plan.memory.parts()
     largest = max(parts, key=lambda part: parts[part])
     return (

@@ -7,7 +7,7 @@ same choice everywhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from launcher.cluster import Cluster, Device
@@ -16,11 +16,22 @@ from launcher.memory import Logits, Memory, MemoryRequest, estimate
 from launcher.modelshape import ModelShape, trains_head
 from launcher.pipeline import Order
 from launcher.placement import Schedule
-from launcher.plan.model import DTYPE_BYTES, Alternative, Batching, Dtype, Plan, StagePlan, budget_bytes
+from launcher.plan.model import (
+    DTYPE_BYTES,
+    Alternative,
+    Attention,
+    Batching,
+    Decision,
+    Dtype,
+    Plan,
+    StagePlan,
+    budget_bytes,
+)
 from launcher.plan.pacing import Way
 from launcher.plan.spreading import spread, time_of_stages
 from launcher.recipe import Recipe
 from launcher.recipe.device_maps import DeviceMap
+from launcher.shares import most_rows, rows_of_a_step, shares_by_speed
 from launcher.steptime import StepTime, speed_of, step_time
 
 # What an automatic choice leaves free: the allocator's gaps, and the error of the estimate.
@@ -48,7 +59,13 @@ class Option:
 
 @dataclass(frozen=True)
 class Candidate:
-    """An option with what it costs; `stages` of a device map; `device` where only one of several is used; `because`: why it cannot be."""
+    """An option with what it costs; `stages` of a device map; `device` where only one of several is used.
+
+    Args:
+        memory: of the device that has least to spare.
+        because: why it cannot be.
+        shares, rank_bytes: of every rank its share of a step's tokens and its memory, where cards are unlike in speed; else empty.
+    """
 
     option: Option
     memory: Memory
@@ -57,6 +74,8 @@ class Candidate:
     stages: tuple[StagePlan, ...] = ()
     device: str | None = None
     because: str = ""
+    shares: tuple[float, ...] = ()
+    rank_bytes: tuple[int, ...] = ()
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -77,6 +96,7 @@ class Question:
     batching: Batching
     trained: int
     device_map: DeviceMap | None = None
+    attention: Attention = "sdpa"
 
     @property
     def order(self) -> Order:
@@ -124,21 +144,45 @@ class Question:
             to_the_brim: of a device map: nothing has to be left free.
         """
         request = self.request(option)
-        memory = estimate(request)
         num_replicas, accumulation = self.num_replicas(option.strategy), self.accumulation(option)
         if option.schedule is not None:
             return self._spread(option, request, accumulation, to_the_brim)
+        times = {
+            device.name: step_time(request, speed_of(device, self.cluster, self.dtype), accumulation, num_replicas)
+            for device in self._kinds()
+        }
+        spared = FREE_SHARE if self.recipe.train.micro_batch == "auto" else 0.0
+        # One row a micro batch is one row on every card, and rows as they come are as many on each.
+        if len(times) > 1 and num_replicas > 1 and option.micro_batch > 1 and self.batching != "padded":
+            shares = shares_by_speed([times[device.name].total_s for device in self.cluster.devices])
+            if shares:
+                return self._shared(option, request, times, shares, spared)
+        memory, slowest = estimate(request), max(times.values(), key=lambda time: time.total_s)
+        budget = round(budget_bytes(option.strategy, self.cluster) * (1 - spared))
+        return Candidate(option, memory, slowest, memory.total_bytes <= budget)
+
+    def _shared(
+        self,
+        option: Option,
+        request: MemoryRequest,
+        times: Mapping[str, StepTime],
+        shares: tuple[float, ...],
+        spared: float,
+    ) -> Candidate:
+        """Unlike cards, each with its share of the rows: memory of each, and the time of the one that is done last."""
+        devices, rows = self.cluster.devices, most_rows(shares, option.micro_batch)
+        memory = {num: estimate(request.model_copy(update={"micro_batch": num})) for num in set(rows)}
+        free = [round((device.memory_bytes - device.reserved_bytes) * (1 - spared)) for device in devices]
+        tightest = min(range(len(devices)), key=lambda rank: free[rank] - memory[rows[rank]].total_bytes)
+        fits = memory[rows[tightest]].total_bytes <= free[tightest]
+        accumulation = self.accumulation(option)
+        of_step = zip(devices, rows_of_a_step(shares, option.micro_batch, accumulation), strict=True)
         slowest = max(
-            (
-                step_time(request, speed_of(d, self.cluster, self.dtype), accumulation, num_replicas)
-                for d in self._kinds()
-            ),
+            (times[device.name].of_rows(num / option.micro_batch / accumulation) for device, num in of_step),
             key=lambda time: time.total_s,
         )
-        budget = budget_bytes(option.strategy, self.cluster)
-        if self.recipe.train.micro_batch == "auto":
-            budget = round(budget * (1 - FREE_SHARE))
-        return Candidate(option, memory, slowest, memory.total_bytes <= budget)
+        rank_bytes = tuple(memory[num].total_bytes for num in rows)
+        return Candidate(option, memory[rows[tightest]], slowest, fits, shares=shares, rank_bytes=rank_bytes)
 
     def _spread(
         self, option: Option, request: MemoryRequest, micro_batches: int, to_the_brim: bool = False
@@ -184,11 +228,13 @@ class Question:
             batching=self.batching,
             accumulation=self.accumulation(option),
             gradient_checkpointing=bool(option.gradient_checkpointing),
+            flash=self.attention == "flash_attention_2",
             logits=self.logits(option.strategy),
             strategy=option.strategy,
             offload=recipe.strategy.offload,
             num_processes=self.cluster.num_devices,
             kind=self.cluster.kind,
+            shares_keys=self.cluster.has_flash(self.dtype),
         )
 
 
@@ -222,7 +268,14 @@ def time_of_rows(plan: Plan, length: float) -> StepTime:
     data = plan.recipe.data.model_copy(update={"max_length": max(1, round(length))})
     recipe = plan.recipe.model_copy(update={"data": data})
     question = Question(
-        recipe, plan.cluster, plan.shape, plan.dtype, plan.batching, plan.trainable_parameters, plan.device_map
+        recipe,
+        plan.cluster,
+        plan.shape,
+        plan.dtype,
+        plan.batching,
+        plan.trainable_parameters,
+        plan.device_map,
+        plan.attention,
     )
     option = Option(plan.strategy, plan.gradient_checkpointing, plan.micro_batch, plan.schedule)
     if plan.schedule is None:
@@ -251,6 +304,36 @@ def choose(question: Question, options: Sequence[Option]) -> Choice:
         best.setdefault(_kind(candidate), candidate)
     others = (candidate for kind, candidate in best.items() if kind != _kind(chosen))
     return Choice(chosen, tuple(other for other in others if other.time.total_s < math.inf))
+
+
+def why_strategy(choice: Choice, num_devices: int) -> str:
+    """Why a strategy, in words; the figures stand in the plan's alternatives."""
+    if num_devices == 1:
+        return "there is one device"
+    if all(other.option.strategy == choice.chosen.option.strategy for other in choice.others):
+        return f"a copy of the model on each of {num_devices} devices"
+    if not choice.chosen.fits:
+        return "needs least memory, and that is still too much"
+    fitting = [
+        other for other in choice.others if other.fits and other.option.strategy != choice.chosen.option.strategy
+    ]
+    if not fitting:
+        return "nothing else fits"
+    fastest = min(other.time.total_s for other in fitting)
+    if fastest < choice.chosen.time.total_s:
+        return "the simplest of those that are as fast as any"
+    return "the fastest that fits"
+
+
+def why_shares(question: Question, chosen: Candidate) -> Decision:
+    """What each of unlike cards gets of a step, and why."""
+    names = [device.name for device in question.cluster.devices]
+    rows = most_rows(chosen.shares, chosen.option.micro_batch)
+    parts = dict(zip(names, zip(chosen.shares, rows, strict=True), strict=True))
+    value = ", ".join(f"{name} {share:.0%} ({num} rows at most)" for name, (share, num) in parts.items())
+    each = " each" if len(names) > len(parts) else ""
+    because = f"of a step's tokens{each}, so that no card waits for a slower one; speeds are the plan's estimates"
+    return Decision(key="shares", value=value, because=because)
 
 
 def _kind(candidate: Candidate) -> tuple[object, ...]:

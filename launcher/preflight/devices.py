@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from launcher.cluster import GIB, Cluster, Device, same_card, usable_cores
-from launcher.errors import UsageError
+from launcher.cluster import GIB, Cluster, Device, named, same_card, usable_cores
+from launcher.errors import UsageError, counted
 from launcher.plan import Plan
 from launcher.preflight.finding import Finding
 from launcher.recipe.device_maps import find_device_map
@@ -58,8 +58,8 @@ def _any_cards(plan: Plan, found: Cluster) -> Iterator[Finding]:
         to_type = f"use what is here: hardware=auto, or add --nproc {found.num_devices}"
         yield Finding("error", source, missing, to_type if found.kind == "cuda" else _OTHERWISE)
         return
-    for wanted, here in zip(plan.cluster.devices, found.devices, strict=False):
-        if (text := _too_full(here, plan.memory.total_bytes)) is not None:
+    for rank, (wanted, here) in enumerate(zip(plan.cluster.devices, found.devices, strict=False)):
+        if (text := _too_full(here, plan.bytes_of(rank))) is not None:
             yield Finding("error", source, text, f"{_END}, or plan for it: hardware=auto")
         elif not same_card(wanted, here):
             another = f"{here.name} is here instead of {wanted.name}"
@@ -76,8 +76,7 @@ def _missing(cluster: Cluster, found: Cluster) -> str | None:
     if found.kind == "cpu":
         return "this machine has no GPU that nvidia-smi shows"
     if found.num_devices < cluster.num_devices:
-        names = ", ".join(device.name for device in found.devices)
-        return f"{cluster.num_devices} devices planned, {found.num_devices} here ({names})"
+        return f"{counted(cluster.num_devices, 'device')} planned, {found.num_devices} here ({named(found.devices)})"
     return None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launcher.cluster import MIB
 from launcher.modelshape.files import hub_cache
-from launcher.plan import Plan, checkpoint_bytes
+from launcher.plan import DTYPE_BYTES, Plan, checkpoint_bytes
 from launcher.preflight.files import offline, to_fetch
 from launcher.preflight.finding import Finding, size
 from launcher.rundir import RunDir, cache_folder
@@ -79,6 +79,18 @@ def _needs(plan: Plan, run_dir: Path) -> Iterator[Need]:
         there = any(_folder_bytes(folder) >= 0.9 * weights for folder in cache.glob(f"{kind}-*"))
         yield Need(f"cache {cache}", cache, weights, why, "export LAUNCH_CACHE=DIR", there)
     yield _checkpoints(plan, run_dir)
+    if (path := plan.recipe.strategy.nvme_path) is not None:
+        yield Need(
+            f"strategy.nvme_path {path}", Path(path), _offloaded(plan), "what is offloaded", "strategy.nvme_path=DIR"
+        )
+
+
+def _offloaded(plan: Plan) -> int:
+    """A weight in fp32, its gradient and two moments for each trained value, and the weights if asked to; the share of this node."""
+    weights = plan.shape.num_parameters * DTYPE_BYTES[plan.weights_dtype]
+    whole = 4 * 4 * plan.trainable_parameters + (weights if plan.recipe.strategy.offload == "parameters" else 0)
+    here = max(len(node.devices) for node in plan.cluster.nodes)
+    return whole * min(here, plan.num_processes) // plan.num_processes
 
 
 def _checkpoints(plan: Plan, run_dir: Path) -> Need:

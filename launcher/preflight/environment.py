@@ -17,8 +17,9 @@ from launcher.cluster import (
     process_limit,
     usable_cores,
 )
+from launcher.installed import version_of
 from launcher.preflight.machine import SHM
-from launcher.preflight.packages import torch_cuda, version_of
+from launcher.preflight.packages import torch_cuda
 
 _PACKAGES = (
     "torch",

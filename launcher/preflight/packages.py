@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.cluster import Cluster, driver_version, nvidia_on_the_bus
+from launcher.installed import version_of
 from launcher.preflight.finding import Finding
 
 DISTRIBUTION = "launch-trainer"
@@ -34,14 +35,6 @@ def required() -> dict[str, tuple[str, bool]]:
         if 'extra == "test"' not in str(requirement.marker) and not (optional and requirement.name in ranges):
             ranges[requirement.name] = str(requirement.specifier), optional
     return ranges
-
-
-def version_of(package: str) -> str | None:
-    """The installed version, None where there is none."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def ranges_kept() -> Iterator[Finding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from launcher.cluster import (
 from launcher.command import by_agents
 from launcher.families import family
 from launcher.memory import CPU_CONTEXT_BYTES
-from launcher.modelshape.files import cached_snapshot, stored_dtypes
-from launcher.plan import DTYPE_BYTES, Plan, checkpoint_bytes
+from launcher.modelshape.files import cached_snapshot
+from launcher.modelshape.headers import stored_dtypes
+from launcher.plan import DTYPE_BYTES, Plan, checkpoint_bytes, swap_buffers_bytes
 from launcher.preflight.beginning import beginning
 from launcher.preflight.devices import devices
 from launcher.preflight.disk import room
@@ -45,6 +47,7 @@ def check(plan: Plan, run_dir: Path) -> list[Finding]:
         *_code(plan),
         *_code_versions(plan),
         *_packages(plan),
+        *_compiler(plan),
         *_host_memory(plan),
         *limits(plan.kind, len(plan.cluster.nodes[0].devices)),
         *room(plan, run_dir),
@@ -77,7 +80,9 @@ def _data(plan: Plan) -> Iterator[Finding]:
     named = [("data.path", data.path)] + ([("data.eval.path", data.eval.path)] if data.eval and data.eval.path else [])
     for key, paths in named:
         for path in [paths] if isinstance(paths, str) else paths:
-            if not os.path.exists(path):
+            if "://" in path:
+                yield Finding("ok", f"{key}: {path}", "is read while it trains")
+            elif not os.path.exists(path):
                 yield Finding(
                     "error",
                     f"{key}: {path}",
@@ -131,6 +136,25 @@ def _packages(plan: Plan) -> Iterator[Finding]:
             )
 
 
+def _compiler(plan: Plan) -> Iterator[Finding]:
+    """What torch.compile makes kernels with: a C++ compiler on a CPU, Triton and a C compiler on cards."""
+    if not plan.recipe.train.compile:
+        return
+    on_cpu = plan.kind == "cpu"
+    named = os.environ.get("CXX" if on_cpu else "CC")
+    programs = [named] if named else ["g++", "clang++"] if on_cpu else ["gcc", "clang", "cc"]
+    found = next(filter(None, map(shutil.which, programs)), None)
+    if found is None:
+        without = "torch.compile needs a C++ compiler" if on_cpu else "torch.compile's Triton needs a C compiler"
+        to_type = "install one (apt-get install g++), or train.compile=false"
+        yield Finding("error", "train.compile: true", f"{without}, and there is no {' or '.join(programs)}", to_type)
+    elif not on_cpu and importlib.util.find_spec("triton") is None:
+        to_type = "pip install triton, or train.compile=false"
+        yield Finding("error", "train.compile: true", "torch.compile needs Triton, which is not installed", to_type)
+    else:
+        yield Finding("ok", "compiler", found)
+
+
 def _host_memory(plan: Plan) -> Iterator[Finding]:
     """What the ranks of this host hold in its memory at their fullest, while they load the model or train.
 
@@ -178,7 +202,10 @@ def _weights_folder_dtypes(plan: Plan) -> set[str]:
 
 
 def _offloaded_bytes(plan: Plan) -> int:
-    """ZeRO-Offload keeps two fp32 values, an fp32 copy and a gradient a trained parameter, and the weights if asked to."""
+    """ZeRO-Offload keeps two fp32 values, an fp32 copy and a gradient a trained parameter, and the weights if asked to; with a disk for
+    them what is on its way there."""
+    if plan.recipe.strategy.nvme_path is not None:
+        return swap_buffers_bytes(plan)
     offload = plan.recipe.strategy.offload
     weights = plan.shape.num_parameters * DTYPE_BYTES[plan.weights_dtype] if offload == "parameters" else 0
     return 0 if offload == "none" else weights + 16 * plan.trainable_parameters

@@ -142,6 +142,8 @@ def with_absolute_paths(recipe: Recipe, document: Document) -> Recipe:
         return Path.cwd() if prefixes & document.from_command_line else document.folder
 
     def absolute(value: str, key: str) -> str:
+        if "://" in value:
+            return value
         return os.path.normpath(base(key) / os.path.expanduser(value))
 
     def each(value: str | tuple[str, ...], key: str) -> str | tuple[str, ...]:
@@ -165,8 +167,9 @@ def with_absolute_paths(recipe: Recipe, document: Document) -> Recipe:
         file = absolute(strategy.device_map, "strategy.device_map")
         if strategy.device_map.startswith((".", "~")) or os.path.isfile(file):
             strategy = strategy.model_copy(update={"device_map": file})
-    if strategy.deepspeed is not None:
-        strategy = strategy.model_copy(update={"deepspeed": absolute(strategy.deepspeed, "strategy.deepspeed")})
+    for name in ("deepspeed", "nvme_path"):
+        if (value := getattr(strategy, name)) is not None:
+            strategy = strategy.model_copy(update={name: absolute(value, f"strategy.{name}")})
     sections = {"model": model, "data": data, "launch": launch, "strategy": strategy, "checkpoint": checkpoint}
     return recipe.model_copy(update=sections)
 

@@ -56,11 +56,33 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
         if len(given) != 1:
             found = "nothing is set" if not given else f"{' and '.join(given)} are set"
             yield Problem("data.eval", f"{found}. Give one of fraction, rows, path")
+    yield from _streaming(recipe)
     if recipe.train.early_stopping is not None and evaluation is None:
         yield Problem("train.early_stopping", "needs an evaluation loss. Add data.eval, e.g. data.eval.fraction=0.02")
     if recipe.data.format in ("text", "context_target") and recipe.data.system is not None:
         message = f"{recipe.data.format} is used word for word and has no system prompt. Remove it, or use another data.format"
         yield Problem("data.system", message)
+
+
+def _streaming(recipe: Recipe) -> Iterator[Problem]:
+    data, paths = recipe.data, recipe.data.path
+    if not data.streaming:
+        remote = next((path for path in ([paths] if isinstance(paths, str) else paths) if "://" in path), None)
+        if remote is not None:
+            yield Problem(
+                "data.path", f"{remote} is an address, and only a stream is read from one. Set data.streaming=true"
+            )
+        return
+    if recipe.train.max_steps is None:
+        yield Problem(
+            "data.streaming", "nobody knows how many rows a stream has. Set train.max_steps, e.g. train.max_steps=1000"
+        )
+    if data.eval is not None and data.eval.path is None:
+        kept = "fraction" if data.eval.fraction is not None else "rows"
+        yield Problem(f"data.eval.{kept}", "rows of a stream cannot be set aside. Give a file: data.eval.path=FILE")
+    if data.shuffle_rows < recipe.train.global_batch:
+        found = f"{data.shuffle_rows} rows do not make a step of {recipe.train.global_batch}"
+        yield Problem("data.shuffle_rows", f"{found}. Set data.shuffle_rows={16 * recipe.train.global_batch}")
 
 
 def _adapter(recipe: Recipe) -> Iterator[Problem]:
@@ -92,6 +114,16 @@ def _strategy(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             "strategy.offload",
             f"{strategy.type} does not shard parameters. Set strategy.type=zero3, or offload=optimizer",
+        )
+    if strategy.nvme_path is not None and strategy.offload == "none":
+        yield Problem(
+            "strategy.nvme_path",
+            "offload=none keeps nothing there. Set strategy.offload=optimizer or parameters, or remove it",
+        )
+    elif strategy.nvme_path is not None and strategy.type in ("zero1", "zero2"):
+        yield Problem(
+            "strategy.nvme_path",
+            f"under {strategy.type} DeepSpeed keeps what is offloaded in host memory. Set strategy.type=zero3, or remove it",
         )
     if strategy.deepspeed is not None and not strategy.type.startswith("zero"):
         yield Problem(
@@ -155,6 +187,26 @@ def unshardable(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
+def uncompilable(recipe: Recipe) -> Iterator[Problem]:
+    """What torch.compile is not given."""
+    if not recipe.train.compile:
+        return
+    quantization, strategy = recipe.model.quantization, recipe.strategy.type
+    if quantization != "none":
+        yield Problem(
+            "train.compile",
+            f"the compiler stops at every layer stored in {quantization} and starts again behind it. "
+            "Set train.compile=false, or model.quantization=none",
+        )
+    if strategy == "device_map" or strategy.startswith("zero"):
+        who = "hooks between the devices" if strategy == "device_map" else "DeepSpeed's hooks"
+        yield Problem(
+            "train.compile",
+            f"under {strategy} layers are called with {who}, and nobody has held a compiled one against its plan. "
+            "Set train.compile=false, or strategy.type=ddp or fsdp",
+        )
+
+
 def _run(recipe: Recipe) -> Iterator[Problem]:
     if recipe.checkpoint.resume == "auto" and recipe.launch.run_dir is None:
         yield Problem(
@@ -200,5 +252,6 @@ _RULES: dict[Callable[[Recipe], Iterator[Problem]], tuple[str, ...]] = {
     _strategy: ("strategy", "launch"),
     _questions: ("data", "strategy"),
     unshardable: ("model", "adapter", "strategy", "train"),
+    uncompilable: ("model", "strategy", "train"),
     _run: ("checkpoint", "launch", "adapter"),
 }

@@ -112,6 +112,14 @@ class Data(Section):
         description="What happens to a longer row: cut (the answer's end first, never the template), or left out.",
     )
     max_rows: PositiveInt | None = Field(None, description="Use only the first so many rows.")
+    streaming: bool = Field(
+        False,
+        description="Read and tokenise rows while training, from files or addresses (https://, hf://) of any size; needs "
+        "train.max_steps.",
+    )
+    shuffle_rows: PositiveInt = Field(
+        8192, description="streaming: so many rows are read ahead, shuffled and sorted into steps of even tokens."
+    )
     bad_rows: Literal["error", "skip"] = Field(
         "error",
         description="What happens when a row cannot be read: stop with its file and line, or leave it out and report it.",
@@ -163,6 +171,10 @@ class Strategy(Section):
     )
     offload: Literal["none", "optimizer", "parameters"] = Field(
         "none", description="ZeRO: what is kept in host memory instead of on the device."
+    )
+    nvme_path: str | None = Field(
+        None,
+        description="zero3: a folder on a fast disk of each node, where what is offloaded lies instead of in host memory.",
     )
     deepspeed: str | None = Field(
         None,
@@ -218,6 +230,10 @@ class Train(Section):
     )
     gradient_checkpointing: bool | Auto = Field(
         "auto", description="Keep only each layer's input and compute the rest again in the backward pass."
+    )
+    compile: bool = Field(
+        False,
+        description="Have torch.compile make kernels of the model's layers: minutes at the first start, faster steps on cards.",
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         42, description="Seed of the weights, the order of rows and dropout."

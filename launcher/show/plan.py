@@ -6,8 +6,8 @@ import json
 
 from rich.console import Console
 
-from launcher.cluster import GIB
-from launcher.errors import DoesNotFitError
+from launcher.cluster import GIB, named
+from launcher.errors import DoesNotFitError, counted
 from launcher.plan import Alternative, ChatPlan, Plan, StagePlan, budget_bytes, chat_plan
 from launcher.remotecode import RemoteCode, Trusted
 from launcher.show.lines import as_typed, count, gib, line
@@ -21,29 +21,26 @@ def summary(plan: Plan) -> str:
     adapter = plan.recipe.adapter
     targets = plan.targets if isinstance(plan.targets, str) else ",".join(plan.targets)
     how = "full" if adapter.type == "full" else f"{adapter.type} r={adapter.r} on {targets}"
-    names = list(dict.fromkeys(device.name for device in plan.cluster.devices))
-    devices = (
-        f"{plan.cluster.num_devices} × {names[0]}"
-        if len(names) == 1
-        else " + ".join(device.name for device in plan.cluster.devices)
-    )
     transport = f" over {'nccl' if plan.kind == 'cuda' else 'gloo'}" if plan.num_processes > 1 else ""
     base = f"{plan.shape.name} {count(plan.shape.num_parameters)}, {plan.dtype}"
     stored = "" if plan.recipe.model.quantization == "none" else f" ({plan.recipe.model.quantization} base)"
     how_spread = " ".join(filter(None, (plan.strategy, plan.schedule, plan.pipeline)))
-    return f"{base}{stored} · {how} ({count(plan.trainable_parameters)} trained) · {devices}, {how_spread}{transport}"
+    return f"{base}{stored} · {how} ({count(plan.trainable_parameters)} trained) · {plan.cluster.named}, {how_spread}{transport}"
 
 
 def batch(plan: Plan) -> str:
     """How a step is made up, and how much memory it takes."""
-    ranks = f"{plan.num_processes} rank{'s' if plan.num_processes > 1 else ''} × accumulation {plan.accumulation}"
+    ranks = f"{counted(plan.num_processes, 'rank')} × accumulation {plan.accumulation}"
     if plan.pipeline is not None:
-        ranks = f"{plan.accumulation} through {len(plan.stages)} stages"
-    num = plan.cluster.num_devices
-    each = f"on {num} device{'s' if num > 1 else ''}" if plan.strategy == "device_map" else "a device"
+        ranks = f"{plan.accumulation} through {counted(len(plan.stages), 'stage')}"
+    each, room = f"on {counted(plan.cluster.num_devices, 'device')}", budget_bytes(plan.strategy, plan.cluster)
+    if plan.strategy != "device_map":
+        device = plan.cluster.devices[plan.tightest]
+        room = device.memory_bytes - device.reserved_bytes
+        each = f"on {device.name}" if plan.shares else "a device"
     return (
-        f"micro batch {plan.micro_batch} × {ranks} = {plan.global_batch} rows a step · "
-        f"{gib(plan.memory.total_bytes)} of {gib(budget_bytes(plan.strategy, plan.cluster))} GiB {each}"
+        f"micro batch {plan.micro_batch}{' on average' if plan.shares else ''} × {ranks} = {plan.global_batch} rows a step · "
+        f"{gib(plan.memory.total_bytes)} of {gib(room)} GiB {each}"
     )
 
 
@@ -56,11 +53,14 @@ def show_plan(screen: Console, plan: Plan) -> None:
     line(
         screen,
         "data",
-        f"{as_typed(paths)} ({data.format}), at most {data.max_length:,} tokens, {data.overlong}, {plan.batching}",
+        f"{as_typed(paths)} ({data.format}), at most {data.max_length:,} tokens, {data.overlong}, {plan.batching}"
+        f"{', streamed' if data.streaming else ''}",
     )
     train = plan.recipe.train
-    length = f"{train.max_steps:,} steps" if train.max_steps else f"{train.epochs:g} epochs"
-    line(screen, "train", f"{length}, lr {train.lr:g} {train.schedule}, {train.optimizer}, seed {train.seed}")
+    epochs = f"{train.epochs:g} epoch{'' if train.epochs == 1 else 's'}"
+    length = counted(train.max_steps, "step") if train.max_steps else epochs
+    how = f"lr {train.lr:g} {train.schedule}, {train.optimizer}, seed {train.seed}"
+    line(screen, "train", f"{length}, {how}{', compiled' if train.compile else ''}")
     if plan.deepspeed is not None:
         line(screen, "deepspeed", json.dumps(plan.deepspeed))
     show_stages(screen, plan)
@@ -204,8 +204,8 @@ def _memory_bar(plan: Plan) -> str:
     """The fullest device and where its bytes go; under a device map all devices together."""
     devices = plan.cluster.devices
     if plan.strategy != "device_map":
-        devices = (min(devices, key=lambda device: device.memory_bytes - device.reserved_bytes),)
+        devices = (devices[plan.tightest],)
     whole = sum(device.memory_bytes for device in devices)
     bar = _bar(plan.memory.total_bytes, sum(device.reserved_bytes for device in devices), whole)
     parts = "  ".join(f"{name} {gib(value)}" for name, value in plan.memory.parts().items() if value)
-    return f"{' + '.join(device.name for device in devices)}  {gib(whole)} GiB  {bar}  {parts}"
+    return f"{named(devices) if len(devices) > 1 else devices[0].name}  {gib(whole)} GiB  {bar}  {parts}"

@@ -90,12 +90,18 @@ class RunScreen:
             clock = (
                 f"clock {row['clock']:+.1f} s{': set it, or times in the logs mislead' if row['clock_is_off'] else ''}"
             )
-            same = f"torch {row['torch']}, same code, run directory shared"
+            directory = "staged" if row["has_copy"] else "shared"
+            same = f"torch {row['torch']}, same code, run directory {directory}"
             line(self.screen, "" if place else "nodes", f"{cells}   {same}   {clock}")
 
+    def _sending(self, event: dict[str, Any]) -> None:
+        line(self.screen, "", f"{event['host']} is sent {event['bytes'] / 2**20:,.1f} MiB: a copy of the run directory")
+
     def _prepare(self, event: dict[str, Any]) -> None:
+        if event["what"] == "deepspeed" and "total" not in event and event["state"] != "cached":
+            line(self.screen, "deepspeed", event["state"])
         if event.get("total") and self.screen.is_terminal:
-            unit = "weight files" if event["what"] == "native" else "rows"
+            unit = {"native": "weight files", "deepspeed": "files"}.get(event["what"], "rows")
             counted = f"{event['state']} {event['done']:,} of {event['total']:,} {unit}"
             self.screen.print(f"{'':<{LABEL}} {counted}", end="\r")
 
@@ -107,8 +113,10 @@ class RunScreen:
         ]
         report = event["report"]
         share = report["supervised_tokens"] / max(1, report["tokens"])
+        of_stream = " tried of a stream" if self.plan.recipe.data.streaming else ""
+        rows = f"{report['train_rows']:,} rows{of_stream} + {report['eval_rows']:,} for evaluation"
         text = (
-            f"{'   '.join(made)}   {report['train_rows']:,} rows + {report['eval_rows']:,} for evaluation, {report['tokens']:,} tokens "
+            f"{'   '.join(made)}   {rows}, {report['tokens']:,} tokens "
             f"({share:.0%} supervised), {report['length_p50']} a row, at most {report['length_max']}"
         )
         cut = [
@@ -120,8 +128,12 @@ class RunScreen:
         line(self.screen, "prepare", f"{text}{where}   {event['seconds']:.1f} s")
         steps = total_steps(self.plan, report["train_rows"])
         about = duration(steps * time_of_rows(self.plan, report["length_mean"]).total_s)
-        an_epoch = steps_per_epoch(self.plan, report["train_rows"])
-        line(self.screen, "", f"{an_epoch:,} steps an epoch, {steps:,} in all; about {about} of training")
+        an_epoch = f"{steps_per_epoch(self.plan, report['train_rows']):,} steps an epoch, "
+        line(
+            self.screen,
+            "",
+            f"{'' if of_stream else an_epoch}{steps:,} {'steps ' if of_stream else ''}in all; about {about} of training",
+        )
 
     def _has(self, what: str, event: dict[str, Any]) -> bool:
         if what == "native":

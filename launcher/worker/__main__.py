@@ -18,9 +18,9 @@ from typing import Any
 
 from launcher.errors import PreflightError
 from launcher.plan import Plan
-from launcher.rundir import WAIT, RunDir, append_event, read_json
-from launcher.worker import signals
-from launcher.worker.prepared import read_prepared
+from launcher.rundir import STREAM_FILE, WAIT, RunDir, append_event, read_json
+from launcher.worker import nvme, signals
+from launcher.worker.prepared import Prepared, read_prepared
 from launcher.worker.pulse import Pulse, die_with_parent, log_to, own_node, wait_for_go
 
 
@@ -44,7 +44,8 @@ def main(plan_path: str, parent: int | None = None) -> int:
     plan = Plan.model_validate_json(run.plan.read_text(encoding="utf-8"))
     device_name = _device_name(plan, pulse.rank)
     try:
-        train(plan, run, pulse)
+        with nvme.own_folder(plan, pulse.rank, pulse.local_rank):
+            train(plan, run, pulse)
     except Exception as error:  # noqa: BLE001 - everything ends here: it is written down, reported first and turned into an exit code
         traceback.print_exc()
         return pulse.failed(error, device_name)
@@ -62,8 +63,9 @@ def train(plan: Plan, run: RunDir, pulse: Pulse) -> None:
     leave_out_what_is_unused(plan)
     import torch
 
+    from launcher.worker.data.leak import refuse_leaks
     from launcher.worker.devices import memory_now, own_device
-    from launcher.worker.sharding import build_model
+    from launcher.worker.sharding import build_model, compile_layers
     from launcher.worker.training import PlannedTrainer
 
     pulse.beat("connect")
@@ -75,6 +77,8 @@ def train(plan: Plan, run: RunDir, pulse: Pulse) -> None:
     pulse.beat("load")
     prepared = read_prepared(run, own_node())
     rows = _rows(prepared.data_dir)
+    if plan.recipe.data.streaming:
+        rows["train"] = _stream(plan, run, prepared)
     if plan.pipeline is not None:
         from launcher.worker.pipeline.loop import pipelined_trainer
 
@@ -84,6 +88,11 @@ def train(plan: Plan, run: RunDir, pulse: Pulse) -> None:
         first_again = plan.stages[0].recompute if plan.stages else plan.gradient_checkpointing
         if first_again and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
+        if plan.attention != "sdpa":
+            refuse_leaks(plan, Path(prepared.model_dir), prepared.code, device)  # prepare has no card to try it on
+            model.set_attn_implementation(plan.attention)
+        if plan.recipe.train.compile:
+            compile_layers(model)
         trainer = PlannedTrainer(plan, run, prepared, {"model": model, **rows}, pulse)
     if pulse.rank == 0:
         append_event(run, {"event": "ready", "time": time.time(), "ranks": plan.num_processes})
@@ -134,6 +143,18 @@ def _rows(data_dir: str) -> dict[str, Any]:
 
     folders = {name: Path(data_dir) / name for name in ("train", "eval")}
     return {name: load_from_disk(str(folder)) if folder.is_dir() else [] for name, folder in folders.items()}
+
+
+def _stream(plan: Plan, run: RunDir, prepared: Prepared) -> Any:
+    """The rows of a stream, from where the checkpoint says that is gone on with."""
+    from launcher.worker.data.tokens import Prompter
+    from launcher.worker.data.windows import Windows
+    from launcher.worker.staged import load_tokenizer
+
+    tokenizer = load_tokenizer(prepared.tokenizer_dir, prepared.code)
+    prompter = Prompter(tokenizer, prepared.template, prepared.eos_token_ids)
+    start = read_json(run.path / plan.resume_from / STREAM_FILE) if plan.resume_from else None
+    return Windows(plan, prompter, start)
 
 
 def _leave_process_group() -> None:

@@ -48,8 +48,11 @@ class FirstStepCheck(TrainerCallback):
     def __init__(self, trainer: PlannedTrainer) -> None:
         self.trainer = trainer
         self.done = False
-        again = next((stage.first for stage in trainer.plan.stages if stage.recompute), 0)
-        self.recomputation = Recomputation(trainer.called, layer=0 if trainer.plan.pipeline else again)
+        self.recomputation: Recomputation | None = None
+        # Hooks inside of a compiled layer would be compiled with it. Those are layers of transformers, which checkpoint.
+        if trainer.recomputes and not trainer.plan.recipe.train.compile:
+            again = next((stage.first for stage in trainer.plan.stages if stage.recompute), 0)
+            self.recomputation = Recomputation(trainer.called, layer=0 if trainer.plan.pipeline else again)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.prove()
@@ -58,8 +61,8 @@ class FirstStepCheck(TrainerCallback):
         if self.done:
             return
         self.done = True
-        self.recomputation.stop()
-        if self.trainer.recomputes:
+        if self.recomputation is not None:
+            self.recomputation.stop()
             self.recomputation.require(self.trainer.plan.shape.name)
         trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         if self.trainer.plan.deepspeed is not None:  # gradients are gone by now, their norm is kept

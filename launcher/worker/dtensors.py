@@ -14,8 +14,12 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def rows_of_this_rank(tensor: DTensor) -> slice:
     """FSDP2 cuts the first dimension as torch.chunk does: the last ranks may get fewer rows, or none."""
     num_ranks, rank, num_rows = tensor.device_mesh.size(), tensor.device_mesh.get_local_rank(), tensor.shape[0]
-    each = -(-num_rows // num_ranks)
-    return slice(min(rank * each, num_rows), min((rank + 1) * each, num_rows))
+    return slice(first_row_of(rank, num_ranks, num_rows), first_row_of(rank + 1, num_ranks, num_rows))
+
+
+def first_row_of(rank: int, num_ranks: int, num_rows: int) -> int:
+    """Where the rows of a rank begin."""
+    return min(rank * -(-num_rows // num_ranks), num_rows)
 
 
 def placed_like(like: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -84,7 +84,7 @@ class Metrics(TrainerCallback):
         used = tuple(dict.fromkeys(stage_devices(plan))) if plan.num_processes == 1 and plan.stages else (device,)
         self.counters = Counters(device, used, prepared.pad_token_id if no_mask else None)
         self.own = OwnTime(plan, None, device)
-        self.stragglers = Stragglers()
+        self.stragglers = Stragglers(unlike=plan.pipeline is not None)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.writer: SummaryWriter | None = None
         self._out_of_room = False

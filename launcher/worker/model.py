@@ -14,6 +14,7 @@ from launcher.compat import BUILT_FIRST
 from launcher.errors import PreflightError
 from launcher.plan import Plan
 from launcher.remotecode import Staged
+from launcher.worker.attention import has_flash, repeat_keys
 from launcher.worker.spread import disconnect
 from launcher.worker.staged import check, load_weights
 
@@ -68,6 +69,8 @@ def load_model(
         raise PreflightError(f"model {plan.shape.name}", found, f"check that the files in {model_dir} are complete")
     # The cache of keys and values is for generation; in training it costs memory and lets packed rows leak.
     model.config.use_cache = False
+    if code is None and not all(has_flash(device, DTYPES[plan.dtype]) for device in placed.values()):
+        repeat_keys(model)
     if len(placed) > 1:
         return disconnect(model)
     return model if quantization != "none" else model.to(placed[""])

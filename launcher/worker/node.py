@@ -51,8 +51,7 @@ def answer_for_ranks(run: RunDir, plan: Plan, rank: int) -> None:
     Args:
         rank: of this node.
     """
-    num = [len(node.devices) for node in plan.cluster.nodes]
-    ranks = range(sum(num[:rank]), sum(num[: rank + 1])) if len(num) > 1 else range(plan.num_processes)
+    ranks = plan.cluster.ranks_of(rank) if plan.cluster.num_nodes > 1 else range(plan.num_processes)
     threading.Thread(target=_answer, args=(run, rank, ranks), daemon=True).start()
 
 

@@ -11,16 +11,20 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_LIBRARIES = {"CPUAdamBuilder": "cpu_adam"}
+ADAM, DISK = "CPUAdamBuilder", "AsyncIOBuilder"
+_LOOK_S = 5
+_LIBRARIES = {ADAM: "cpu_adam", DISK: "async_io"}
 
 
 def operators(config: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the builders that DeepSpeed will ask for: Adam on the host where the optimizer's state lies there."""
+    """Names of the builders that DeepSpeed will ask for: Adam on the host where the optimizer's state does not lie on the device, and what
+    reads and writes a disk where something lies on one."""
     device = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    return ("CPUAdamBuilder",) if device != "none" else ()
+    return {"none": (), "nvme": (ADAM, DISK)}.get(device, (ADAM,))
 
 
 def is_compiled(name: str, folder: Path) -> bool:
@@ -28,8 +32,11 @@ def is_compiled(name: str, folder: Path) -> bool:
     return any(folder.glob(f"**/{_LIBRARIES[name]}.so"))
 
 
-def compile_apart(name: str, variables: dict[str, str]) -> tuple[int, str]:
+def compile_apart(name: str, variables: dict[str, str], progress: Callable[[int, int], None]) -> tuple[int, str]:
     """Compile in a process with the ranks' own variables; its exit code and what it printed.
+
+    Args:
+        progress: called now and then with the files that are compiled and how many there are.
 
     Prepare itself sees no GPU, and for another device something else is compiled. Should prepare be stopped, ninja and the compilers
     end with it. One launcher compiles at a time; what torch takes for a lock, a file, stays for ever where somebody was killed, and
@@ -41,15 +48,31 @@ def compile_apart(name: str, variables: dict[str, str]) -> tuple[int, str]:
         fcntl.flock(held, fcntl.LOCK_EX)  # ends with this process, however it ends
         for stale in folder.glob("**/lock"):
             stale.unlink()
-        return _run([sys.executable, "-m", "launcher.worker.operators", name], variables)
+        command = [sys.executable, "-m", "launcher.worker.operators", name]
+        return _run(command, variables, lambda: progress(*compiled_files(name, folder)))
 
 
-def _run(command: list[str], variables: dict[str, str]) -> tuple[int, str]:
+def compiled_files(name: str, folder: Path) -> tuple[int, int]:
+    """How many files of an operator are compiled, and of how many, by ninja's own list; (0, 0) before it is there."""
+    for plan in folder.glob(f"**/{_LIBRARIES[name]}/build.ninja"):
+        wanted = [
+            line.split(":")[0].removeprefix("build ") for line in plan.read_text().splitlines() if ": compile" in line
+        ]
+        return sum((plan.parent / file).exists() for file in wanted), len(wanted)
+    return 0, 0
+
+
+def _run(command: list[str], variables: dict[str, str], look: Callable[[], None]) -> tuple[int, str]:
     with subprocess.Popen(
         command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:
         try:
-            output, _ = process.communicate()
+            while True:
+                try:
+                    output, _ = process.communicate(timeout=_LOOK_S)
+                    break
+                except subprocess.TimeoutExpired:
+                    look()
         finally:
             if process.poll() is None:
                 # Not SIGKILL: ninja gives every compiler a process group of its own, and ends them when it is asked to end.

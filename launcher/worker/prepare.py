@@ -9,6 +9,7 @@ Prints one JSON object a line: progress, or the error that ended it.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import signal
@@ -18,14 +19,15 @@ from pathlib import Path
 
 from launcher.command import worker_environment
 from launcher.compat import fix_named
-from launcher.errors import LaunchError, PreflightError
+from launcher.errors import DataError, LaunchError, PreflightError
 from launcher.plan import Plan
 from launcher.remotecode import Staged
 from launcher.rundir import RunDir, cache_folder, read_json, write_json
 from launcher.worker.cache import hash_files, key_of, made, say
 from launcher.worker.data.rows import data_files, named
+from launcher.worker.data.source import described, stream_files
 from launcher.worker.modelfiles import WEIGHT_PATTERNS, find_model
-from launcher.worker.operators import compile_apart, is_compiled, operators
+from launcher.worker.operators import DISK, compile_apart, is_compiled, operators
 from launcher.worker.prepared import DataReport, Prepared, write_prepared
 from launcher.worker.pulse import die_with_parent
 
@@ -68,18 +70,14 @@ def prepare(plan: Plan, run: RunDir) -> Prepared:
         PreflightError: a model that is not there.
     """
     recipe, cached = plan.recipe, []
-    files = data_files(recipe.data.path)
-    eval_path = recipe.data.eval.path if recipe.data.eval else None
-    with named("data.eval.path"):
-        eval_files = data_files(eval_path) if eval_path else []
-    data_hash = hash_files([*files, *eval_files])
-
+    data_hash = _data_hash(plan, run)
     model = find_model(plan, run, data_hash, cached)
     model_dir, code = model.model_dir, model.code
 
     selection = recipe.data.model_dump(mode="json", exclude={"path", "batching", "questions"})
     data_key = key_of(
         "data",
+        "with places of rows",
         data_hash,
         selection,
         recipe.train.seed,
@@ -97,6 +95,7 @@ def prepare(plan: Plan, run: RunDir) -> Prepared:
         tokenizer_dir=str(model.tokenizer_dir),
         data_dir=str(data_dir),
         rows_key=_rows_key(plan, data_hash),
+        data_hash=data_hash,
         source_dir=str(model.source_dir) if plan.shape.native is not None else None,
         code=code,
         cached=tuple(cached),
@@ -105,6 +104,28 @@ def prepare(plan: Plan, run: RunDir) -> Prepared:
         eos_token_ids=left["eos_token_ids"],
         report=DataReport.model_validate(left["report"]),
     )
+
+
+def _data_hash(plan: Plan, run: RunDir) -> str:
+    """Of the recipe's rows. A node with a copy of the run directory may be without them: they were sent as they are prepared.
+
+    Raises:
+        DataError: they are not here, and were not sent either.
+    """
+    data = plan.recipe.data
+    eval_path = data.eval.path if data.eval else None
+    try:
+        # What is streamed is too much to be read for a checksum.
+        streamed = [described(file) for file in stream_files(data)] if data.streaming else None
+        files = data_files(data.path) if streamed is None else []
+        with named("data.eval.path"):
+            hashed = hash_files([*files, *(data_files(eval_path) if eval_path else [])])
+        return hashed if streamed is None else key_of("stream", hashed, streamed, data.shuffle_rows)
+    except DataError:
+        sent = read_json(run.prepared) if run.copy.exists() else None
+        if sent is None:
+            raise
+        return str(sent["data_hash"])
 
 
 def _try_model(plan: Plan, model_dir: Path, code: Staged | None, cached: list[str]) -> None:
@@ -132,17 +153,24 @@ def _compile(plan: Plan) -> None:
         if is_compiled(name, Path(variables["TORCH_EXTENSIONS_DIR"])):
             say(event="prepare", what="deepspeed", state="cached")
             continue
-        say(event="prepare", what="deepspeed", state=f"compiling {name}, which takes a minute or two")
-        exit_code, output = compile_apart(name, {**os.environ, **variables})
+        say(event="prepare", what="deepspeed", state=f"compiling {name}, once, which takes minutes")
+        exit_code, output = compile_apart(name, {**os.environ, **variables}, functools.partial(_compiling, name))
         if exit_code:
             print(output, file=sys.stderr)
             lines = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines()[-1:]
+            needed, instead = "a C++ compiler and ninja (pip install ninja)", "strategy.offload=none"
+            if name == DISK:
+                needed, instead = f"libaio (apt-get install libaio-dev), {needed}", "strategy.nvme_path=null"
             raise PreflightError(
                 f"DeepSpeed's {name}",
                 f"does not compile: {lines[0].strip() if lines else 'no word why'}",
-                "install a C++ compiler and ninja (pip install ninja), or set strategy.offload=none",
+                f"install {needed}, or set {instead}",
             )
         say(event="prepare", what="deepspeed", state=f"{name} is compiled")
+
+
+def _compiling(name: str, done: int, total: int) -> None:
+    say(event="prepare", what="deepspeed", state=f"compiling {name}", done=done, total=total)
 
 
 def _try_cut(plan: Plan, model_dir: Path) -> None:

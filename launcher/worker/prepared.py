@@ -43,6 +43,7 @@ class Prepared(BaseModel):
         model_dir, tokenizer_dir, data_dir: local folders; no rank looks anywhere else.
         template: `chat` or a name of families.yaml, never `auto`.
         rows_key: hash of which rows are trained on, in which order; a checkpoint is continued only on the same one.
+        data_hash: of the files that the rows were made of.
         source_dir: the folder in its original layout, of a model that was converted.
         code: the model's own code, staged in the run directory; None where it has none.
         cached: which of them were there already.
@@ -58,6 +59,7 @@ class Prepared(BaseModel):
     eos_token_ids: tuple[int, ...]
     rows_key: str
     report: DataReport
+    data_hash: str = ""
     source_dir: str | None = None
     code: Staged | None = None
     cached: tuple[str, ...] = ()

@@ -43,8 +43,9 @@ class Pulse:
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.phase = "start"
         self.step = 0
-        # Rows and tokens in a row of the micro batch that is being worked on; and what says how full this rank's devices are.
-        self.batch: tuple[int, int] | None = None
+        # Of the micro batch that is being worked on: rows, tokens in a row, and where the rows stand in the recipe's data.
+        self.batch: tuple[int, int, list[str]] | None = None
+        # What says how full this rank's devices are.
         self.device_memory: Callable[[], dict[str, int]] = dict
         self._beats = 0
         self._time, self._last = time.time(), time.monotonic()
@@ -69,7 +70,7 @@ class Pulse:
             self._longest[measured] = max(self._longest.get(measured, 0.0), now - self._last)
             if changed:
                 self._seconds[self.phase] = self._seconds.get(self.phase, 0.0) + now - self._began
-                self._began, self.phase = now, phase
+                self._began, self.phase, self.batch = now, phase, None
             moved = step is not None and step != self.step
             self.step = self.step if step is None else step
             self._beats = 0 if changed or moved else self._beats + 1

@@ -23,6 +23,7 @@ from launcher.plan import Plan, total_steps
 from launcher.rundir import RunDir
 from launcher.worker import spread, zero
 from launcher.worker.adapters import adapter_of, put_adapter, require_adapter, with_adapter
+from launcher.worker.attention import repeat_keys
 from launcher.worker.byshard import Weights, empty_model, is_empty, read_buffers, weights_of
 from launcher.worker.devices import stage_devices
 from launcher.worker.dtensors import rows_of_this_rank
@@ -72,6 +73,8 @@ def unplaced_model(plan: Plan, run: RunDir, prepared: Prepared, num_rows: int) -
         model = load_model(plan, folder, torch.device("cpu"), code=prepared.code)
     else:
         read_buffers(model, weights)
+    if prepared.code is None and not plan.cluster.has_flash(plan.dtype):
+        repeat_keys(model)
     model = _adapted(model, plan, num_rows)
     if checkpoint is not None and not full:
         require_adapter(model, adapter_of(checkpoint))
@@ -101,7 +104,7 @@ def shard(model: Any, plan: Plan, device: torch.device) -> None:
     # and the adapter has to stay in fp32 (`_with_fp32_trained`): there autocast does what it does under DDP.
     halved = plan.recipe.adapter.type == "full" and plan.dtype != "fp32"
     policy = MixedPrecisionPolicy(param_dtype=DTYPES[plan.dtype] if halved else None, reduce_dtype=torch.float32)
-    for module in (*_layers(model), model):
+    for module in (*layers_of(model), model):
         for parameter in module.parameters():
             if is_empty(parameter):
                 # FSDP2 wants them in one piece, of which it copies this rank's rows. On a CPU pages that nobody has written to are no
@@ -110,7 +113,7 @@ def shard(model: Any, plan: Plan, device: torch.device) -> None:
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
-def _layers(model: Any) -> list[torch.nn.Module]:
+def layers_of(model: Any) -> list[torch.nn.Module]:
     """The blocks that are gathered one at a time: what transformers never splits, else the children of the longest list."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
@@ -118,6 +121,16 @@ def _layers(model: Any) -> list[torch.nn.Module]:
         return layers
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     return list(max(lists, key=len, default=()))
+
+
+def compile_layers(model: Any) -> None:
+    """Have torch compile each layer when it is first called.
+
+    In place, so that parameters keep their names and checkpointing, FSDP2's hooks and DDP stay around the layers. Sizes are symbols: micro
+    batches of another shape need no other kernels. All layers are one code, which is compiled once.
+    """
+    for layer in layers_of(model):
+        layer.compile(dynamic=True)
 
 
 def _fill(model: Any, weights: Weights) -> None:

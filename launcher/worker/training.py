@@ -6,6 +6,7 @@ else, the loop, accumulation, token-normalised loss, clipping, mixed precision, 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from launcher.families import family
 from launcher.plan import Plan, steps_per_epoch, total_steps
-from launcher.rundir import RunDir
+from launcher.rundir import STREAM_FILE, RunDir
 from launcher.worker import adapters, checkpoint, sharding, spread, zero
 from launcher.worker.asking import Asking
 from launcher.worker.byshard import weights_in
@@ -31,9 +32,11 @@ from launcher.worker.checkpoint.foreign import NotReadableError, moments_to_begi
 from launcher.worker.checks import FirstBadStep, FirstStepCheck, check_world
 from launcher.worker.data.batches import Batch, RankBatches, StepOrder, WholeSteps, collator
 from launcher.worker.data.tokens import IGNORED
+from launcher.worker.data.windows import WindowOrder, Windows
 from launcher.worker.flow import Beat, Epochs, Flow
 from launcher.worker.headloss import PLACES, LossAtLabels, at_labels
 from launcher.worker.loading import find_checkpoint
+from launcher.worker.masks import tell_of_packs
 from launcher.worker.metrics import Metrics
 from launcher.worker.prepared import Prepared
 from launcher.worker.pulse import Pulse
@@ -95,26 +98,33 @@ class PlannedTrainer(Trainer):
         self.prepared = prepared
         self.pulse = pulse
         self.train_rows, self.eval_rows = parts["train"], parts["eval"]
-        collate = collator(plan.batching, prepared.pad_token_id, family(plan.shape.family).own_mask)
+        tell_of_packs(plan.batching == "packed")
+        flash = plan.attention == "flash_attention_2"
+        collate = collator(plan.batching, prepared.pad_token_id, family(plan.shape.family).own_mask, flash)
         self.at_labels = self._loss_at_labels(parts["model"])
         if self.at_labels is not None and plan.pipeline is None:
             collate = at_labels(collate, plan.unmasked)
         arguments = training_arguments(plan, run, len(self.train_rows))
-        rows = WholeSteps(self.train_rows, plan.global_batch)
+        streams = isinstance(self.train_rows, Windows)
+        rows = self.train_rows if streams else WholeSteps(self.train_rows, plan.global_batch, plan.accumulation)
         super().__init__(model=parts["model"], args=arguments, train_dataset=rows, data_collator=collate)
         if plan.strategy == "fsdp":
             # Precision and no more: a model that accelerate has prepared it does not wrap in DDP.
             self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
-        self.order = StepOrder(self.train_rows["length"][:], plan.global_batch, plan.recipe.train.seed, plan.batching)
+        self.order = (
+            WindowOrder(self.train_rows, plan)
+            if streams
+            else StepOrder(self.train_rows["length"][:], plan.global_batch, plan.recipe.train.seed, plan.batching)
+        )
         self.metrics = Metrics(run, plan, prepared, self.args.device)
-        self.metrics.own = OwnTime(plan, self.model, self.args.device)
+        self.metrics.own = OwnTime(plan, self.called, self.args.device)
         check_world(plan, self, pulse.rank)
         self.requests = Requests(run)
         self.bad_step = FirstBadStep()
         self.saver = checkpoint.Saver(run, plan)
         per_epoch = steps_per_epoch(plan, len(self.train_rows))
         for callback in (
-            Epochs(self.order, per_epoch),
+            Epochs(self.order, len(self.order)),
             Flow(self, per_epoch),
             FirstStepCheck(self),
             *([Asking(self)] if plan.recipe.data.questions else []),  # before the metrics, which close at the end
@@ -136,7 +146,9 @@ class PlannedTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This rank's micro batches. accelerate is not asked to deal them out: it wants all of one size, and knows nothing of tokens."""
         plan, args = self.plan, self.args
-        dealt = RankBatches(self.order, plan.micro_batch, plan.accumulation, args.process_index, args.world_size)
+        dealt = RankBatches(
+            self.order, plan.micro_batch, plan.accumulation, args.process_index, args.world_size, plan.shares
+        )
         return DataLoader(
             self.train_dataset,
             batch_sampler=dealt,
@@ -144,15 +156,28 @@ class PlannedTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory,
         )
 
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Any:
+        """Supervised tokens of a step over all ranks. The Trainer's own copies them from memory that is not pinned, for which the host
+        would wait until the card has done all that it was asked for before."""
+        if not self.model_accepts_loss_kwargs:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        num = torch.stack([(batch["labels"][:, 1:] != IGNORED).sum() for batch in batch_samples]).sum()
+        num = num.pin_memory() if self.args.dataloader_pin_memory else num
+        num = num.to(device, non_blocking=True)
+        return self.accelerator.gather(num).sum() if self.args.world_size > 1 else num
+
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         """On the device; out of pinned memory nobody waits for the copy."""
-        return {name: part.to(self.args.device, non_blocking=True) for name, part in inputs.items()}
+        device = self.args.device
+        moved = {name: part.to(device, non_blocking=True) for name, part in inputs.items() if hasattr(part, "to")}
+        return {**inputs, **moved}  # the length of a pack's longest row stays a number
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         self.metrics.own.begin()
         inputs = self._prepare_inputs(inputs)
         self.metrics.counters.add(inputs)
-        self.pulse.batch = (inputs["input_ids"].shape[0], inputs["input_ids"].shape[1])
+        taken = self.train_dataset.taken
+        self.pulse.batch = (*inputs["input_ids"].shape, taken.popleft() if taken else [])
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.metrics.own.mark()
         self.bad_step.note(loss, self.state.global_step + 1)
@@ -233,7 +258,7 @@ class PlannedTrainer(Trainer):
             self.state.global_step, float(self.state.epoch or 0), self.prepared.rows_key, evals[-1] if evals else None
         )
         with self._where_saving_fails(self.control.should_training_stop):
-            self.saver.save(at, self._write_files)
+            self.saver.save(at, self._write_all)
         self.metrics.scalars({"speed/seconds_saving": time.perf_counter() - started}, self.state.global_step)
         self.pulse.beat("train")
 
@@ -252,6 +277,12 @@ class PlannedTrainer(Trainer):
             if self.plan.recipe.checkpoint.on_failure == "stop" or is_last:
                 raise
             self.metrics.not_saved(self.state.global_step, str(error))
+
+    def _write_all(self, folder: checkpoint.Staging) -> None:
+        """This rank's files of a checkpoint, and the place of a stream of rows."""
+        self._write_files(folder)
+        if isinstance(self.train_rows, Windows) and self.pulse.rank == 0:
+            folder.text(STREAM_FILE, json.dumps(self.train_rows.as_json(self.state.global_step)))
 
     def _write_files(self, folder: checkpoint.Staging) -> None:
         """This rank's files of a checkpoint."""

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from launcher.plan import Plan
-from launcher.worker import zero
+from launcher.worker import shares, zero
 from launcher.worker.byshard import ADAPTER_FILE
 from launcher.worker.checkpoint import Staging
 
@@ -35,8 +35,11 @@ def write_weights(folder: Staging, model: Any, plan: Plan) -> None:
     state = dict(model.named_parameters()) if is_sharded else _as_published(model)
     sizes = {name: zero.numel(tensor) * tensor.element_size() for name, tensor in state.items()}
     files = files_of(sizes, plan.recipe.checkpoint.max_shard_size)
-    mine = {name for file in _my_files(files) for name in files[file]}
-    _write_full(folder, files, gathered(model, mine.__contains__) if is_sharded else iter(state.items()))
+    if is_sharded and folder.copies is not None and shares.can_be_copied(model):
+        shares.put_off(folder, files, model)
+    else:
+        mine = {name for file in _my_files(files, folder) for name in files[file]}
+        _write_full(folder, files, gathered(model, mine.__contains__) if is_sharded else iter(state.items()))
     if _rank() == 0:
         write_model_files(folder, model, weight_map_of(files), sum(sizes.values()))
 
@@ -84,7 +87,7 @@ def _write_full(
     folder: Staging, files: dict[str, list[str]], weights: Iterator[tuple[str, torch.Tensor | None]]
 ) -> None:
     """Deal the files out to the ranks: in every round each takes the tensors of one, then all write at the same time."""
-    mine, round_of = set(_my_files(files)), _num_ranks()
+    mine, round_of = set(_my_files(files, folder)), folder.share[1] if folder.share else 1
     kept: dict[str, dict[str, torch.Tensor]] = {}
     for place, (file, names) in enumerate(files.items(), 1):
         for name, tensor in islice(weights, len(names)):
@@ -96,8 +99,8 @@ def _write_full(
             kept = {}
 
 
-def _my_files(files: dict[str, list[str]]) -> list[str]:
-    return list(files)[_rank() :: _num_ranks()]
+def _my_files(files: dict[str, list[str]], folder: Staging) -> list[str]:
+    return list(files)[folder.share[0] :: folder.share[1]] if folder.share else []
 
 
 def _as_published(model: Any) -> dict[str, torch.Tensor]:
@@ -155,7 +158,3 @@ def index_of(weight_map: dict[str, str], num_bytes: int) -> str:
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _num_ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1

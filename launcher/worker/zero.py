@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.plan import Plan
+from launcher.worker import nvme
 from launcher.worker.byshard import Weights
 from launcher.worker.model import DTYPES
 
@@ -68,6 +69,13 @@ def masters(engine: Any) -> list[torch.Tensor]:
     return list(flat)
 
 
+def _sizes_of_masters(engine: Any) -> list[int]:
+    """How many values they have; those that lie on a disk are empty here."""
+    if stage_of(engine) == 3:
+        return list(engine.optimizer.fp16_partitioned_groups_flat_numel)
+    return [master.numel() for master in masters(engine)]
+
+
 def stage_of(engine: Any) -> int:
     """1, 2 or 3."""
     return int(engine.zero_optimization_stage())
@@ -84,13 +92,18 @@ def what_is_wrong(engine: Any, model: torch.nn.Module, plan: Plan) -> str | None
     if engine.dp_world_size != plan.num_processes:
         return f"DeepSpeed sees {engine.dp_world_size} of {plan.num_processes} ranks"
     flat, parameters = masters(engine), [parameter for _, parameter in trained(model)]
-    held, wanted = sum(master.numel() for master in flat), sum(map(numel, parameters))
+    held, wanted = sum(_sizes_of_masters(engine)), sum(map(numel, parameters))
     # Cut into equal parts: rounded up for each group, by stage 3 for each parameter.
     spare = 2 * plan.num_processes * (1 + len(parameters))
     if held * plan.num_processes > wanted + spare or held * plan.num_processes < wanted:
         return f"this rank holds {held:,} of {wanted:,} trained values"
     if plan.recipe.strategy.offload != "none" and any(master.device.type != "cpu" for master in flat):
         return f"the optimizer's state is on {flat[0].device}, not in host memory"
+    if plan.recipe.strategy.nvme_path is not None:
+        if not engine.optimizer.swap_optimizer:
+            return "the optimizer's state is in memory, not on a disk"
+        if (gone := nvme.missing(engine)) is not None:
+            return f"{gone} lacks what the optimizer has put there"
     if stage_of(engine) == 3:
         whole = [name for name, parameter in model.named_parameters() if not hasattr(parameter, "ds_tensor")]
         if whole:

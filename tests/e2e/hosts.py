@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+IPV4, IPV6 = ("10.231.7.1", "10.231.7.2"), ("fd00:231::1", "fd00:231::2")
 NEEDED = ("ip", "unshare", "nsenter", "mount", "ssh", "ssh-keygen", "sshd")
 SSHD = """\
 Port 22
@@ -93,11 +94,11 @@ def why_not() -> str:
 
 
 @contextlib.contextmanager
-def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
+def two_hosts(folder: Path, addresses: tuple[str, str] = IPV4) -> Iterator[tuple[Host, Host]]:
     """node-a and node-b, joined by a cable; each knows the other's name and key."""
     if reason := why_not():
         pytest.skip(reason)
-    names, addresses = ("node-a", "node-b"), ("10.231.7.1", "10.231.7.2")
+    names = ("node-a", "node-b")
     spaces = [f"launch-{os.getpid()}-{name}" for name in names]
     with contextlib.ExitStack() as cleanup:
         for space in spaces:
@@ -131,7 +132,8 @@ def _boot(folder: Path, name: str, address: str, space: str, others: dict[str, s
     (own / "ssh" / "config").write_text(f"IdentityFile {folder / 'key'}\nUserKnownHostsFile {own / 'ssh' / 'known'}\n")
     (own / "ssh" / "known").write_text("".join(f"{other},{where} {own_key}" for other, where in others.items()))
     (own / "sshd_config").write_text(SSHD.format(key=folder / "host_key", folder=folder))
-    for command in (["addr", "add", f"{address}/24", "dev", "lan0"], ["link", "set", "lan0", "up"]):
+    own_address = [f"{address}/64", "dev", "lan0", "nodad"] if ":" in address else [f"{address}/24", "dev", "lan0"]
+    for command in (["addr", "add", *own_address], ["link", "set", "lan0", "up"]):
         subprocess.run(["ip", "-n", space, *command], check=True)
     boot = BOOT.format(name=name, folder=own, sshd=shutil.which("sshd", path="/usr/sbin:/sbin:/usr/bin"))
     apart = ["unshare", "--uts", "--mount", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]

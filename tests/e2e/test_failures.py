@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from datasets import load_from_disk
 
 from launcher import manifest
 from launcher.rundir import RunDir, read_json
@@ -110,17 +111,31 @@ def test_a_rank_that_dies_without_a_word_is_named_and_not_the_one_that_noticed(
     assert (failure["rank"], failure["exit_code"], failure["echoes"]) == (rank, exit_code, [1 - rank])
 
 
+NO_MEMORY = """\
+import torch
+original = module.Trainer.compute_loss
+def compute_loss(self, *args, **kwargs):
+    if self.state.global_step == 2:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.54 GiB")
+    return original(self, *args, **kwargs)
+module.Trainer.compute_loss = compute_loss
+"""
+
+
 def test_memory_of_a_card_that_runs_out_is_held_against_the_plan(
     launch: Launcher, sabotage: Sabotage, recipe: Path, tmp_path: Path
 ) -> None:
-    no_memory = "import torch; self.pulse.batch = (2, 48); raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.54 GiB')"
-    done = launch(recipe, "--run-dir", "run", **sabotage.step(3, no_memory))
+    done = launch(recipe, "--run-dir", "run", **sabotage.module("launcher.worker.training", NO_MEMORY))
 
     assert done.returncode == 1
-    _, cause, planned, batch, remedy = lines_of(done.stderr, 5)
+    _, cause, planned, batch, rows, remedy = lines_of(done.stderr, 6)
     assert cause == ("cause", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.54 GiB")
     assert re.fullmatch(r"planned \d\.\d\d GiB of \d+\.\d\d GiB on cpu", planned[1])
-    assert batch == ("", "this batch had 2 × 48 = 96 tokens; the plan is for 96 at most")
+    prepared = load_from_disk(f"{read_json(tmp_path / 'run' / 'prepared.json')['data_dir']}/train")
+    lengths = dict(zip(prepared["where"], prepared["length"], strict=True))
+    first, second = rows[1].removeprefix("its rows, the longest first: ").split(", ")
+    assert lengths[first] >= lengths[second]
+    assert batch[1].startswith(f"this batch had 2 × {lengths[first]} = ")
     assert remedy == ("remedy", "launch resume run train.gradient_checkpointing=true")
     failure = report_of(tmp_path / "run")["failure"]
     assert failure["memory"]["rss"] > 2**20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,9 +15,10 @@ from typing import Any
 
 import pytest
 
+from launcher.manifest import verify
 from launcher.rundir import RunDir, read_events, read_json
 from tests.e2e.conftest import RECIPE, report_of
-from tests.e2e.hosts import Host, two_hosts
+from tests.e2e.hosts import IPV4, IPV6, Host, two_hosts
 
 LONG = ("train.max_steps=100000", "checkpoint.every_steps=50")
 
@@ -29,6 +31,7 @@ class Head:
     env: dict[str, str]
     folder: Path
     recipe: Path
+    data: Path
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def launch(self, *args: str) -> subprocess.Popen[str]:
@@ -47,6 +50,15 @@ class Head:
             )
         self.started.append(process)
         return process
+
+    def without_shared_disk(self) -> None:
+        """From now on node-b has a disk of its own where everything of this test lies on node-a, rows and cache too."""
+        rows = self.folder / "rows.json"
+        rows.write_bytes(self.data.read_bytes())
+        self.recipe.write_text(self.recipe.read_text().replace(str(self.data), json.dumps(str(rows))))
+        self.env["LAUNCH_CACHE"] = str(self.folder / "cache")
+        mount = ["mount", "-t", "tmpfs", "tmpfs", str(self.folder)]
+        subprocess.run(self.hosts[1].inside(mount), check=True)
 
     @property
     def said(self) -> str:
@@ -73,15 +85,15 @@ class Head:
 
 
 @pytest.fixture
-def head(launch_env: dict[str, str], data_file: Path, tmp_path: Path) -> Iterator[Head]:
+def head(launch_env: dict[str, str], data_file: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Head]:
     folder = tmp_path / "it's a $HOME"
     folder.mkdir()
     recipe = folder / "tiny.yaml"
     recipe.write_text(RECIPE.format(data=data_file).replace("global_batch: 4", "global_batch: 6"))
     (folder / "hosts").write_text("node-a slots=2\nnode-b slots=1  # one is busy\n")
     (tmp_path / "net").mkdir()
-    with two_hosts(tmp_path / "net") as hosts:
-        made = Head(hosts, {**launch_env, "OMP_NUM_THREADS": "1"}, folder, recipe)
+    with two_hosts(tmp_path / "net", getattr(request, "param", IPV4)) as hosts:
+        made = Head(hosts, {**launch_env, "OMP_NUM_THREADS": "1"}, folder, recipe, data_file)
         yield made
     for process in made.started:  # its host is switched off, and everything on it
         process.wait(10)
@@ -91,7 +103,12 @@ def trains(run: Path) -> bool:
     return any(event["event"] == "log" for event in read_events(RunDir(run))[0])
 
 
-def test_a_killed_launcher_leaves_nothing_on_any_node(head: Head) -> None:
+@pytest.mark.parametrize(
+    "shared", [True, pytest.param(False, marks=pytest.mark.cluster)], ids=["shared disk", "own disks"]
+)
+def test_a_killed_launcher_leaves_nothing_on_any_node(head: Head, shared: bool) -> None:
+    if not shared:
+        head.without_shared_disk()
     run = head.folder / "a run"
     process = head.launch("--run-dir", "a run", *LONG)
     head.wait_for(process, lambda: trains(run))
@@ -123,16 +140,27 @@ def test_a_run_to_its_end_and_on_with_one_host(head: Head) -> None:
 
 
 @pytest.mark.cluster
+@pytest.mark.parametrize("head", [IPV6], ids=["IPv6"], indirect=True)
+def test_hosts_that_have_addresses_of_ipv6_alone(head: Head) -> None:
+    (head.folder / "hosts").write_text("fd00:231::1 slots=2\n[fd00:231::2] slots=1\n")
+    assert head.launch("--run-dir", "run").wait(120) == 0, head.said
+    assert "[fd00:231::2]   1 × cpu   fd00:231::2 on lan0" in head.said
+    only = ("--hostfile", "hosts", "--include", "[fd00:231::2]:0")
+    assert head.resume("run", *only, "train.max_steps=6").wait(120) == 0, head.said
+
+
+@pytest.mark.cluster
 def test_a_host_whose_cable_is_pulled_out_ends_by_itself_and_is_named(head: Head) -> None:
     run = head.folder / "run"
     process = head.launch("--run-dir", "run", *LONG)
     head.wait_for(process, lambda: trains(run))
-    pulled = time.monotonic()
+    pulled = time.time()
 
     head.hosts[1].unplug()
 
     assert process.wait(45) == 255, head.said
-    assert time.monotonic() - pulled < 40
+    assert time.time() - pulled < 30
+    assert report_of(run)["failure"]["time"] - pulled < 20.5, "found within the limit"
     assert "the connection to node-b is lost: " in head.said
     assert not head.left(15)
 
@@ -166,7 +194,34 @@ def test_a_rank_that_is_killed_on_the_other_host_is_named(head: Head) -> None:
 
 
 @pytest.mark.cluster
-def test_a_rank_of_the_other_host_is_killed_and_all_start_again_then_one_is_stopped_and_named(head: Head) -> None:
+def test_a_host_with_a_disk_of_its_own_gets_what_it_needs_and_gives_back_what_it_writes(head: Head) -> None:
+    head.without_shared_disk()
+    run = RunDir(head.folder / "run")
+    assert head.launch("--run-dir", "refused", "strategy.type=fsdp").wait(60) == 4
+    assert "hosts:2: node-b: run directory" in head.said
+    assert "under strategy fsdp its ranks write a part of every checkpoint that no other rank has" in head.said
+
+    assert head.launch("--run-dir", "run").wait(120) == 0, head.said
+    assert "run directory staged" in head.said
+    assert (run.logs / "node-b-rank2.log").read_text()
+    assert read_json(run.heartbeat(2))["phase"] == "done"
+    verdict = verify(run.checkpoints / "step-4")
+    assert verdict.problem is None
+    assert verdict.manifest is not None
+    assert {"rng_state_2.pth", "optimizer-rank2.safetensors"} <= set(verdict.manifest.files)
+    assert not head.left(1)
+
+    assert head.resume("run", "train.max_steps=6").wait(120) == 0, head.said
+    assert verify(run.checkpoints / "step-6").problem is None
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("shared", [True, False], ids=["shared disk", "own disks"])
+def test_a_rank_of_the_other_host_is_killed_and_all_start_again_then_one_is_stopped_and_named(
+    head: Head, shared: bool
+) -> None:
+    if not shared:
+        head.without_shared_disk()
     run = RunDir(head.folder / "run")
     process = head.launch("--run-dir", "run", "launch.max_restarts=1", "launch.stall_seconds=5", *LONG)
 

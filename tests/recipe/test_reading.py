@@ -23,14 +23,14 @@ model.code_sha256
 data data.path data.format
 data.fields data.fields.instruction data.fields.input data.fields.output data.fields.context data.fields.target
 data.fields.prompt data.fields.response data.fields.messages data.fields.text data.fields.system
-data.template data.system data.max_length data.overlong data.max_rows data.bad_rows
+data.template data.system data.max_length data.overlong data.max_rows data.streaming data.shuffle_rows data.bad_rows
 data.eval data.eval.fraction data.eval.rows data.eval.path data.questions data.batching
 adapter adapter.type adapter.r adapter.alpha adapter.dropout adapter.targets adapter.modules_to_save
 adapter.init_r adapter.orth_reg_weight
-strategy strategy.type strategy.offload strategy.deepspeed strategy.device_map strategy.schedule
+strategy strategy.type strategy.offload strategy.nvme_path strategy.deepspeed strategy.device_map strategy.schedule
 strategy.pipeline
 train train.epochs train.max_steps train.lr train.schedule train.warmup train.optimizer train.weight_decay
-train.max_grad_norm train.micro_batch train.global_batch train.gradient_checkpointing train.seed
+train.max_grad_norm train.micro_batch train.global_batch train.gradient_checkpointing train.compile train.seed
 train.log_every_steps train.eval_every_steps
 train.early_stopping train.early_stopping.patience train.early_stopping.min_delta
 checkpoint checkpoint.every_steps checkpoint.keep checkpoint.max_shard_size checkpoint.resume checkpoint.init_from

@@ -170,6 +170,21 @@ RULES: list[tuple[Sections, str, str, Sections]] = [
     ),
     *(
         (
+            {"strategy": {"type": name, "offload": "optimizer", "nvme_path": "/fast"}},
+            "strategy.nvme_path",
+            f"under {name} DeepSpeed keeps what is offloaded in host memory. Set strategy.type=zero3, or remove it",
+            {"strategy": {"type": "zero3", "offload": "optimizer", "nvme_path": "/fast"}},
+        )
+        for name in ("zero1", "zero2")
+    ),
+    (
+        {"strategy": {"type": "zero3", "nvme_path": "/fast"}},
+        "strategy.nvme_path",
+        "offload=none keeps nothing there. Set strategy.offload=optimizer or parameters, or remove it",
+        {"strategy": {"type": "zero3", "offload": "parameters", "nvme_path": "/fast"}},
+    ),
+    *(
+        (
             {"strategy": {"type": name, "offload": "parameters"}},
             "strategy.offload",
             f"{name} does not shard parameters. Set strategy.type=zero3, or offload=optimizer",
@@ -221,6 +236,50 @@ RULES: list[tuple[Sections, str, str, Sections]] = [
         "adalora adds up a term of all layers, which lie on several devices under device_map. "
         "Set adapter.type=lora, or strategy.type=single",
         {"strategy": {"type": "device_map"}, "adapter": {"type": "dora"}},
+    ),
+    (
+        {"data": {"streaming": True}},
+        "data.streaming",
+        "nobody knows how many rows a stream has. Set train.max_steps, e.g. train.max_steps=1000",
+        {"data": {"streaming": True}, "train": {"max_steps": 10}},
+    ),
+    (
+        {"data": {"streaming": True, "eval": {"rows": 9}}, "train": {"max_steps": 10}},
+        "data.eval.rows",
+        "rows of a stream cannot be set aside. Give a file: data.eval.path=FILE",
+        {"data": {"streaming": True, "eval": {"path": "eval.jsonl"}}, "train": {"max_steps": 10}},
+    ),
+    (
+        {"data": {"streaming": True, "shuffle_rows": 31}, "train": {"max_steps": 10}},
+        "data.shuffle_rows",
+        "31 rows do not make a step of 32. Set data.shuffle_rows=512",
+        {"data": {"streaming": True, "shuffle_rows": 32}, "train": {"max_steps": 10}},
+    ),
+    (
+        {"data": {"path": ("a.json", "https://b/c.jsonl")}},
+        "data.path",
+        "https://b/c.jsonl is an address, and only a stream is read from one. Set data.streaming=true",
+        {"data": {"path": ("a.json", "https://b/c.jsonl"), "streaming": True}, "train": {"max_steps": 10}},
+    ),
+    *(
+        (
+            {"model": {"quantization": kind}, "train": {"compile": True}},
+            "train.compile",
+            f"the compiler stops at every layer stored in {kind} and starts again behind it. "
+            "Set train.compile=false, or model.quantization=none",
+            {"model": {"quantization": kind}},
+        )
+        for kind in ("int8", "nf4")
+    ),
+    *(
+        (
+            {"strategy": {"type": name}, "train": {"compile": True}},
+            "train.compile",
+            f"under {name} layers are called with {hooks}, and nobody has held a compiled one against its plan. "
+            "Set train.compile=false, or strategy.type=ddp or fsdp",
+            {"strategy": {"type": "fsdp"}, "train": {"compile": True}},
+        )
+        for name, hooks in (("device_map", "hooks between the devices"), ("zero2", "DeepSpeed's hooks"))
     ),
     (
         {"strategy": {"type": "fsdp"}, "train": {"optimizer": "adamw_8bit"}},

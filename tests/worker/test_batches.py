@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from launcher.shares import most_rows, rows_of_a_step
 from launcher.worker.data.batches import RankBatches, StepOrder, WholeSteps, collator
 from launcher.worker.data.tokens import IGNORED
 
@@ -78,6 +79,14 @@ def test_the_last_step_is_filled_with_rows_that_teach_nothing():
     assert [row["labels"] for row in taken] == [[6, 7, 8, 9], [1, 2, 3], [IGNORED, IGNORED]]
     assert taken == [rows[2], rows[0], rows[3]]
     assert rows.__getitems__([3]) == [rows[3]]
+
+
+def test_the_rows_of_every_batch_are_known_by_where_they_stand():
+    columns = {"input_ids": [[1], [4, 5], [6, 7]], "labels": [[1], [4, 5], [6, 7]], "length": [1, 2, 2]}
+    rows = WholeSteps(Dataset.from_dict({**columns, "where": ["a.json 1", "a.json 3", "b.json 1"]}), 4, ahead=2)
+    for places in ([0, 1], [2, 3], [1, 0]):
+        rows.__getitems__(places)
+    assert list(rows.taken) == [["b.json 1"], ["a.json 3", "a.json 1"]]
 
 
 def test_taking_the_order_leaves_the_random_numbers_of_the_run_alone():
@@ -174,10 +183,16 @@ def test_the_ranks_share_the_rows_of_every_step(batching, micro_batch, accumulat
 
 @pytest.mark.parametrize(
     ("batching", "micro_batch", "accumulation", "num_ranks"),
-    [("bucketed", 8, 1, 2), ("bucketed", 8, 5, 2), ("packed", 4, 4, 4), ("packed", 10, 4, 4)],
+    [
+        ("bucketed", 8, 1, 2),
+        ("bucketed", 8, 5, 2),
+        ("packed", 8, 1, 2),
+        ("packed", 4, 4, 4),
+        ("packed", 10, 4, 4),
+    ],
 )
 def test_all_ranks_of_a_step_have_the_same_number_of_tokens(batching, micro_batch, accumulation, num_ranks):
-    """Rows as in Alpaca: at most 2 % between the ranks of nine steps in ten, where taking them as they come has many times more."""
+    """Rows as in Alpaca: at most 2 % between the ranks of nine steps in ten, of all where packed; as they come many times more."""
     lengths = lengths_like_alpaca(4000)
 
     def spreads(batching):
@@ -188,8 +203,48 @@ def test_all_ranks_of_a_step_have_the_same_number_of_tokens(batching, micro_batc
             yield max(sums) / min(sums) - 1
 
     even, uneven = sorted(spreads(batching)), sorted(spreads("padded"))
-    assert even[int(0.9 * len(even))] < 0.02
+    assert even[-1 if batching == "packed" else int(0.9 * len(even))] < 0.02
     assert uneven[len(uneven) // 2] > 0.08
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("shares", [(0.56, 0.44), (0.75, 0.25), (0.4, 0.2, 0.4)])
+@pytest.mark.parametrize(("micro_batch", "accumulation"), [(4, 4), (8, 5), (2, 1)])
+def test_unlike_ranks_get_their_share_of_the_tokens_and_no_more_than_they_have_room_for(
+    packed, shares, micro_batch, accumulation
+):
+    num = len(shares)
+    rooms = most_rows(shares, micro_batch)
+    made = StepOrder(lengths_like_alpaca(960), num * micro_batch * accumulation, 42, "packed" if packed else "bucketed")
+    ranks = [RankBatches(made, micro_batch, accumulation, rank, num, shares) for rank in range(num)]
+    late = []
+    for step in made.steps()[:-1]:
+        dealt = ranks[0].divided(step)
+        assert [ranks[rank].divided(step)[rank] for rank in range(num)] == dealt
+        assert sorted(row for mine in dealt for batch in mine for row in batch) == sorted(step)
+        found = [[[made.length(row) for row in batch] for batch in mine] for mine in dealt]
+        costs = [[sum(batch) if packed else max(batch) * len(batch) for batch in mine] for mine in found]
+        longest = max(made.length(row) for row in step)
+        assert all(len(mine) == accumulation and max(mine) <= rooms[rank] * longest for rank, mine in enumerate(costs))
+        late.append(
+            max(sum(mine) / share for mine, share in zip(costs, shares, strict=True)) / sum(map(sum, costs)) - 1
+        )
+    if accumulation > 1:  # how much later than the others the slowest rank is, in the middle step
+        assert sorted(late)[len(late) // 2] < (0.02 if packed else 0.03)
+
+
+@pytest.mark.parametrize(
+    ("shares", "micro_batch", "rows"),
+    [
+        ((0.5, 0.5), 3, (6, 6)),
+        ((0.9, 0.1), 1, (4, 0)),
+        ((0.9, 0.05, 0.05), 2, (11, 1, 0)),
+        ((0.48, 0.26, 0.26), 4, (12, 6, 6)),
+    ],
+)
+def test_rows_of_full_length_are_shared_out_whole(shares, micro_batch, rows):
+    assert rows_of_a_step(shares, micro_batch, 2) == rows
+    assert all(num <= 2 * most for num, most in zip(rows, most_rows(shares, micro_batch), strict=True))
 
 
 def test_a_step_of_rows_of_unlike_length_is_cut_so_that_little_is_padded():
@@ -231,6 +286,16 @@ def test_packed_rows_are_one_sequence_whose_positions_start_again_and_that_has_n
         "labels": [[-100, 6, 7, -100, -100, -100, 11, 12, -100]],
         "position_ids": [[0, 1, 2, 0, 1, 2, 3, 4, 0]],
     }
+
+
+def test_flash_attention_is_told_where_rows_begin_and_how_long_the_longest_is() -> None:
+    batch = collator("packed", PAD, flash=True)(ROWS)
+    told = {name: batch.pop(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")}
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        name: tensor.tolist() for name, tensor in collator("packed", PAD)(ROWS).items()
+    }
+    assert told["cu_seq_lens_q"].tolist() == told["cu_seq_lens_k"].tolist() == [0, 3, 8, 9]
+    assert (told["max_length_q"], told["max_length_k"]) == (5, 5), "numbers, which no card has to be asked for"
 
 
 def test_the_first_token_of_a_packed_row_is_not_learned_from_the_row_before():

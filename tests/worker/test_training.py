@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launcher import manifest
+from launcher import manifest, supervise
 from launcher.errors import PreflightError
 from launcher.worker.flow import rounds_without_gain
 from tests.worker.conftest import Job
@@ -69,15 +69,25 @@ def test_resuming_in_the_middle_of_an_accumulated_epoch_is_exact(job: Job, tmp_p
     assert weights(job, 6).read_bytes() == weights(whole, 6).read_bytes()
 
 
+def curve(job: Job) -> list[float]:
+    """Losses of every step, then those of the evaluations."""
+    return [*job.losses().values(), *(event["loss"] for event in job.events("eval"))]
+
+
 def test_one_rank_and_two_ranks_and_four_compute_the_same(job: Job, tmp_path: Path) -> None:
+    """And two of unlike speed, one of which has three quarters of every step's tokens."""
     settings = ("adapter.dropout=0", "model.config.attention_dropout=0.0", "train.max_steps=4")
     curves = []
-    for hardware in ("1xcpu", "2xcpu", "4xcpu"):
-        other = Job(job.server, job.recipe, tmp_path / hardware)
-        assert set(other.start(*settings, f"hardware={hardware}")) == {0}, other.logs()
-        curves.append(list(other.losses().values()) + [event["loss"] for event in other.events("eval")])
-    assert curves[1] == pytest.approx(curves[0], abs=2e-5)
-    assert curves[2] == pytest.approx(curves[0], abs=2e-5)
+    for hardware, shares in (("1xcpu", ()), ("2xcpu", ()), ("4xcpu", ()), ("2xcpu", (0.75, 0.25))):
+        other = Job(job.server, job.recipe, tmp_path / f"{hardware}{len(shares)}")
+        plan = other.prepare(*settings, f"hardware={hardware}").model_copy(update={"shares": shares})
+        supervise.write_run(plan, other.run, True)
+        assert set(other.ranks(plan)) == {0}, other.logs()
+        curves.append(curve(other))
+    for other_curve in curves[1:]:
+        assert other_curve == pytest.approx(curves[0], abs=2e-5)
+    tokens = [sum(scalars(other, f"speed_per_rank/tokens_per_second_{rank}")) for rank in (0, 1)]
+    assert tokens[0] > 2 * tokens[1]
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(finished: Job, job: Job) -> None:

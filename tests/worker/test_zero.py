@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from launcher.worker import zero
+from launcher.worker.checkpoint.slices import Slices
 from tests.worker.conftest import Job
 from tests.worker.test_sharding import SAME, goes_on_to_the_last_bit, learns_what_one_rank_learns
 
@@ -77,3 +78,25 @@ def test_what_is_offloaded_learns_the_same(job: Job, tmp_path: Path, part: str) 
     assert job.start(*SAME, *offloaded) == [0, 0], job.logs()
     # DeepSpeed's Adam on the host rounds otherwise than torch's.
     assert list(job.losses().values()) == pytest.approx(list(here.losses().values()), abs=2e-4)
+
+
+@pytest.mark.compiles
+@pytest.mark.skipif(
+    shutil.which("c++") is None or not Path("/usr/include/libaio.h").exists(),
+    reason="a disk needs an operator that is compiled with a C++ compiler and libaio",
+)
+@pytest.mark.parametrize("part", ["optimizer", "parameters"])
+def test_what_lies_on_a_disk_learns_the_same_and_goes_on(job: Job, tmp_path: Path, part: str) -> None:
+    # DeepSpeed keeps in memory what is smaller than a megabyte: a rank's part of a matrix has to be larger.
+    sizes = ("adapter.type=full", "model.config.intermediate_size=16400", "model.config.num_hidden_layers=1")
+    settings = (*SAME, *sizes, "train.lr=1e-3", "strategy.type=zero3", f"strategy.offload={part}")
+    disk = f"strategy.nvme_path={tmp_path / 'disk'}"
+    (tmp_path / "disk").mkdir()
+    here = Job(job.server, job.recipe, tmp_path / "here")
+    assert here.start(*settings) == [0, 0], here.logs()
+    assert job.start(*settings, disk, "train.max_steps=2") == [0, 0], job.logs()
+    assert [*(tmp_path / "disk").rglob("*.swp")] == [], "nothing is left of a run that has ended"
+    assert job.start(*settings, disk, "checkpoint.async=true", resume=True) == [0, 0], job.logs()
+    assert list(job.losses().values()) == pytest.approx(list(here.losses().values()), abs=2e-4)
+    shapes = [Slices(each.run.checkpoints / "step-4").shapes for each in (here, job)]
+    assert shapes[0] == shapes[1]

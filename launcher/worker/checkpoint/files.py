@@ -163,9 +163,14 @@ class TensorFile:
 
 
 class Copies:
-    """Host memory for the copies of a checkpoint, kept for the next one: the system takes longer to hand it out than a copy takes."""
+    """Host memory for the copies of a checkpoint, kept for the next one: the system takes longer to hand it out than a copy takes.
 
-    def __init__(self) -> None:
+    Args:
+        group: the ranks' way to meet, over their CPUs, while the copies are written; None for one rank.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
         self._kept: dict[str, torch.Tensor] = {}
 
     def of(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -184,11 +189,14 @@ class Staging(os.PathLike[str]):
 
     Args:
         copies: where tensors are kept until `write` is called, perhaps by another thread; without it everything is written at once.
+        share: this rank's place among those who share the writing of what all of them have, and how many these are. None for a rank
+            that does not see the launcher's run directory: it writes what it alone has, beside its copy, and rank 0 takes that over.
     """
 
-    def __init__(self, path: Path, copies: Copies | None = None) -> None:
+    def __init__(self, path: Path, copies: Copies | None = None, share: tuple[int, int] | None = (0, 1)) -> None:
         self.path = path
         self.copies = copies
+        self.share = share
         self.files: dict[str, FileEntry] = {}
         self.error: Exception | None = None
         self._jobs: list[Callable[[], None]] = []
@@ -227,6 +235,14 @@ class Staging(os.PathLike[str]):
             shutil.rmtree(aside, ignore_errors=True)
         for name, data in content.items():
             self._do(name, lambda name=name, data=data: write_bytes(self.path / name, data))
+
+    def put_off(self, job: Callable[[], None]) -> None:
+        """Have something done by `write`, in every case: other ranks may take part in it."""
+        self._jobs.append(job)
+
+    def content(self) -> dict[str, bytes]:
+        """The bytes of what this rank has written."""
+        return {name: (self.path / name).read_bytes() for name in self.files}
 
     def write(self) -> None:
         """Do what was put off."""

@@ -27,19 +27,21 @@ def write_optimizer(
         own_parameters: whether each rank trains others (a pipeline) and writes all of its state. Else they hold the same state and share
             the writing, or where it is sharded (FSDP2) each writes its rows of everything.
     """
-    rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank = dist.get_rank() if dist.is_initialized() else 0
     names, parameters = _parameter_names(optimizer, model), dict(model.named_parameters())
-    shares = (0, 1) if own_parameters else (rank, num_ranks)
+    share = (0, 1) if own_parameters else folder.share
     state: dict[int, State] = optimizer.state_dict()["state"]
-    slices = [_slice(names[index], parameters[names[index]], _flat(state[index]), shares) for index in sorted(state)]
+    slices = [
+        _slice(names[index], parameters[names[index]], _flat(state[index]), share, rank) for index in sorted(state)
+    ]
     write_slices(folder, rank, slices)
     if rank == 0:
         folder.text(OPTIMIZER_FILE, json.dumps({"last_epoch": scheduler.last_epoch}))
 
 
-def _slice(name: str, parameter: torch.Tensor, state: State, shares: tuple[int, int]) -> Slice:
+def _slice(name: str, parameter: torch.Tensor, state: State, share: tuple[int, int] | None, rank: int) -> Slice:
     """What this rank writes of a parameter: its rows where it is sharded, else its share of the values."""
-    shape, rank, num_ranks = tuple(parameter.shape), *shares
+    shape = tuple(parameter.shape)
     sized = {
         kind: local(value).detach().reshape(-1)
         for kind, value in state.items()
@@ -48,9 +50,10 @@ def _slice(name: str, parameter: torch.Tensor, state: State, shares: tuple[int, 
     rest = {kind: value for kind, value in state.items() if kind not in sized}
     if isinstance(parameter, DTensor):
         return Slice(name, shape, first_value(parameter), sized, rest)
-    start, stop = parameter.numel() * rank // num_ranks, parameter.numel() * (rank + 1) // num_ranks
+    place, num = share or (0, 1)
+    start, stop = parameter.numel() * place // num, parameter.numel() * (place + 1) // num if share else 0
     mine = {kind: value[start:stop] for kind, value in sized.items()}
-    return Slice(name, shape, start, mine if stop > start else {}, rest if rank == 0 else {})
+    return Slice(name, shape, start, mine if stop > start else {}, rest if place == 0 and share else {})
 
 
 def read_optimizer(folder: Path, optimizer: Any, model: torch.nn.Module) -> int:

@@ -2,7 +2,8 @@
 
 It steps on flat fp32 tensors that are cut over the ranks without regard to parameters. DeepSpeed knows where each parameter lies in them;
 by that its state gets names, any other strategy or number of ranks can read it, and it can read theirs. The one exception are 8-bit
-optimizers, whose blocks do not end where parameters do: their partitions are kept as they are.
+optimizers, whose blocks do not end where parameters do: their partitions are kept as they are. What lies on a disk (`nvme`) passes
+through host memory a flat tensor at a time, into a file of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.errors import PreflightError
+from launcher.worker import nvme
 from launcher.worker.byshard import Weights
 from launcher.worker.checkpoint.files import Staging, TensorFile
 from launcher.worker.checkpoint.optimizer import OPTIMIZER_FILE, require
@@ -48,6 +50,14 @@ class Part:
         return flat[self.offset : self.offset + self.length]
 
 
+def _groups(engine: Any, model: torch.nn.Module) -> Iterator[tuple[int, list[Part]]]:
+    """The rank's flat tensors, and what parts of parameters lie in each."""
+    groups: dict[int, list[Part]] = defaultdict(list)
+    for part in _parts(engine, model):
+        groups[part.group].append(part)
+    return iter(groups.items())
+
+
 def _parts(engine: Any, model: torch.nn.Module) -> Iterator[Part]:
     """All that this rank holds of trained parameters."""
     optimizer, rank = engine.optimizer, dist.get_rank()
@@ -66,11 +76,19 @@ def _parts(engine: Any, model: torch.nn.Module) -> Iterator[Part]:
 
 def write_state(folder: Staging, engine: Any, model: torch.nn.Module, last_epoch: int) -> None:
     """This rank's part of masters and moments; on rank 0 also what is no parameter's."""
+    rank = dist.get_rank()
     if is_blockwise(engine):
         folder.tensors(_file_name(), _flat_state(engine))
     else:
-        write_slices(folder, dist.get_rank(), [_slice(engine, part) for part in _parts(engine, model)])
-    if dist.get_rank() == 0:
+        kept: list[Slice] = []
+        for group, parts in _groups(engine, model):
+            if nvme.is_swapped(engine, group):
+                with nvme.in_memory(engine, group):
+                    write_slices(folder, f"{rank}-{group}", [_slice(engine, part) for part in parts])
+            else:
+                kept += [_slice(engine, part) for part in parts]
+        write_slices(folder, rank, kept)
+    if rank == 0:
         scaler = {
             key: value for key, value in vars(engine.optimizer.loss_scaler).items() if isinstance(value, int | float)
         }
@@ -112,22 +130,31 @@ def put_back(slices: Slices | None, engine: Any, model: torch.nn.Module, weights
     Raises:
         PreflightError: some of them are not there.
     """
-    optimizer, flats = engine.optimizer.optimizer, masters(engine)
-    states: dict[int, State] = defaultdict(dict)
-    for part in _parts(engine, model):
-        master, stop = flats[part.group], part.start + part.length
-        if part.halved:
-            part.within(master.data).copy_(_precise(slices, weights, part.name, part.start, stop))
-        if slices is None:
-            continue
-        require(slices, part.name, torch.Size(part.shape))
-        for kind in slices.kinds(part.name):
-            if kind != MASTER:
-                flat = states[part.group].setdefault(kind, torch.zeros_like(master.data))
-                part.within(flat).copy_(slices.read(part.name, kind, part.start, stop))
-        states[part.group] |= {kind: _counted(value, optimizer) for kind, value in slices.rest(part.name).items()}
-    for group, state in states.items():
-        optimizer.state[flats[group]] = state
+    for group, parts in _groups(engine, model):
+        with nvme.in_memory(engine, group, changed=True):
+            master, state = masters(engine)[group], {}
+            for part in parts:
+                if part.halved:
+                    stop = part.start + part.length
+                    part.within(master.data).copy_(_precise(slices, weights, part.name, part.start, stop))
+                if slices is not None:
+                    _put_back_state(slices, part, master, state, engine.optimizer.optimizer)
+            if slices is not None:
+                engine.optimizer.optimizer.state[master] = state
+
+
+def _put_back_state(slices: Slices, part: Part, master: torch.Tensor, state: State, optimizer: Any) -> None:
+    """Fill in what a flat tensor's state has of a part.
+
+    Raises:
+        PreflightError: some of it is not there.
+    """
+    require(slices, part.name, torch.Size(part.shape))
+    for kind in slices.kinds(part.name):
+        if kind != MASTER:
+            flat = state.setdefault(kind, torch.zeros_like(master.data))
+            part.within(flat).copy_(slices.read(part.name, kind, part.start, part.start + part.length))
+    state |= {kind: _counted(value, optimizer) for kind, value in slices.rest(part.name).items()}
 
 
 def _precise(slices: Slices | None, weights: Weights, name: str, start: int, stop: int) -> torch.Tensor:

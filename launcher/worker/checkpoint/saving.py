@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,9 +17,19 @@ from typing import Any
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from launcher.manifest import FILE_NAME, Manifest, best_first, describe_file, folders, set_aside, sync_folder, verify
+from launcher.manifest import (
+    FILE_NAME,
+    FileEntry,
+    Manifest,
+    best_first,
+    describe_file,
+    folders,
+    set_aside,
+    sync_folder,
+    verify,
+)
 from launcher.plan import Plan, checkpoint_bytes, identity
-from launcher.rundir import RunDir, append_event
+from launcher.rundir import RunDir, append_event, read_json
 from launcher.worker.checkpoint.files import Copies, Staging, write_bytes
 
 _STAGING, _DELETING = ".staging-", ".deleting-"
@@ -66,10 +76,10 @@ class Saver:
         self.plan = plan
         self.join = join
         later = plan.recipe.checkpoint.async_
-        self._copies = Copies() if later else None
         # A day: whoever has written waits in another thread for whoever has not, and a dead rank is noticed by training.
         wait = timedelta(days=1)
         self._group = dist.new_group(backend="gloo", timeout=wait) if later and dist.is_initialized() else None
+        self._copies = Copies(self._group) if later else None
         self._thread = ThreadPoolExecutor(1, "save")
         self._pending: Future[Path] | None = None
 
@@ -111,10 +121,12 @@ def stage(
     Raises:
         NotSavedError: there can be no folder, or there is no room for what belongs into it.
     """
-    folder = Staging(run.checkpoints / f"{_STAGING}step-{at.step}", copies)
+    folder = Staging(run.checkpoints / f"{_STAGING}step-{at.step}", copies, _share(run, plan))
     error = _begun(run, plan, folder.path) if _rank() == 0 else None
     _require(at, gathered(error))
     try:
+        if folder.share is None:
+            folder.path.mkdir(parents=True, exist_ok=True)
         write(folder)
     except (OSError, RuntimeError, SafetensorError) as failure:
         # torch and safetensors have errors of their own for a full disk.
@@ -133,11 +145,12 @@ def commit(run: RunDir, plan: Plan, at: Position, folder: Staging, join: Join | 
     """
     target = run.checkpoints / f"step-{at.step}"
     folder.write()
-    found = gathered((f"rank {_rank()}: {folder.error}" if folder.error else None, folder.files), group)
-    error = next((message for message, _ in found if message), None)
+    found = gathered(_told(folder), group)
+    error = next((message for message, _, _ in found if message), None)
     if _rank() == 0:
+        error = error or _taken_over(folder.path, [content for _, _, content in found])
         if error is None:
-            files = {name: entry for _, mine in found for name, entry in mine.items()}
+            files = {name: entry for _, mine, _ in found for name, entry in mine.items()}
             manifest = _manifest(plan, at, len(found)).model_copy(update={"files": files})
             error = _committed(folder.path, target, manifest, join)
         if error is None:
@@ -146,8 +159,41 @@ def commit(run: RunDir, plan: Plan, at: Position, folder: Staging, join: Join | 
             _rotate(run, plan, target)
         else:
             shutil.rmtree(folder.path, ignore_errors=True)
-    _require(at, gathered(error, group))
+    errors = gathered(error, group)
+    if folder.share is None:  # by now every rank of this node has been heard
+        shutil.rmtree(folder.path, ignore_errors=True)
+    _require(at, errors)
     return target
+
+
+def _share(run: RunDir, plan: Plan) -> tuple[int, int] | None:
+    """This rank's place among those that see the launcher's run directory, and how many these are; None for one that does not."""
+    copies = (read_json(run.mirrored) or {}).get("nodes", [])
+    apart = {rank for node in copies for rank in plan.cluster.ranks_of(node)}
+    writing = [rank for rank in range(dist.get_world_size() if dist.is_initialized() else 1) if rank not in apart]
+    return (writing.index(_rank()), len(writing)) if _rank() in writing else None
+
+
+def _told(folder: Staging) -> tuple[str | None, dict[str, FileEntry], dict[str, bytes]]:
+    """What this rank tells the others: why it could not write, what it has written, and that itself where nobody else can read it."""
+    content: dict[str, bytes] = {}
+    if folder.share is None:
+        try:
+            content = folder.content()
+        except OSError as error:
+            folder.error = folder.error or error
+    return f"rank {_rank()}: {folder.error}" if folder.error else None, folder.files, content
+
+
+def _taken_over(folder: Path, contents: Sequence[dict[str, bytes]]) -> str | None:
+    """Write what ranks on other disks have sent; why it could not be done."""
+    try:
+        for content in contents:
+            for name, data in content.items():
+                write_bytes(folder / name, data)
+    except OSError as error:
+        return f"rank 0: {error}"
+    return None
 
 
 def _require(at: Position, errors: list[str | None]) -> None:

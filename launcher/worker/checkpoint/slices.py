@@ -1,9 +1,10 @@
 """The state of an optimizer in one layout for every strategy, so that any other set of ranks finds its own values in it.
 
-A file `optimizer-rank<k>.safetensors` holds tensors named `parameter|kind|start`: the values [start, start + n) of a kind of state
-(`exp_avg`, `exp_avg_sq`, `master`) of a parameter, as if both were flat. FSDP2's rows, ZeRO's partitions and DDP's shares of the
-writing are all such runs of values. What is not as large as its parameter, as the constants of 8-bit blocks, stands as
-`parameter|kind`. The header has the shape of every parameter and what is no tensor.
+A file `optimizer-rank<k>.safetensors` (or `optimizer-rank<k>-<i>`, where a rank writes several) holds tensors named
+`parameter|kind|start`: the values [start, start + n) of a kind of state (`exp_avg`, `exp_avg_sq`, `master`) of a parameter, as if both
+were flat. FSDP2's rows, ZeRO's partitions and DDP's shares of the writing are all such runs of values. What is not as large as its
+parameter, as the constants of 8-bit blocks, stands as `parameter|kind`. The header has the shape of every parameter and what is no
+tensor.
 """
 
 from __future__ import annotations
@@ -43,8 +44,11 @@ class Slice:
     rest: State = field(default_factory=dict)
 
 
-def write_slices(folder: Staging, rank: int, slices: Iterable[Slice]) -> None:
-    """Write this rank's file.
+def write_slices(folder: Staging, rank: int | str, slices: Iterable[Slice]) -> None:
+    """Write this rank's file, or one of its several.
+
+    Args:
+        rank: its number, and where it writes several what else tells them apart: `0-2`.
 
     Raises:
         TypeError: there is something in the state that would not be saved; dropped, a resume would start with other moments.

@@ -7,29 +7,40 @@ every step as the uninterrupted run does.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
-from typing import Any
+from functools import cache, cached_property, partial
+from typing import Any, overload
 
 import torch
 from torch.utils.data import Dataset, Sampler
 
 from launcher.plan.model import Batching
 from launcher.worker.data.tokens import IGNORED
+from launcher.worker.data.unlike import dealt_by_share
 
 Batch = dict[str, torch.Tensor]
 # Ranks get less even tokens where the slowest then has at most this share of the work.
 _WORTH_UNEVEN = 0.96
+# Packs of few rows are evened out until ranks differ by so little, or this often.
+_EVEN, _SWAPS = 0.005, 20
 
 
 class WholeSteps(Dataset[dict[str, Any]]):
     """Training rows, and behind them as many that teach nothing as the last step of an epoch lacks.
 
     Without them accelerate would repeat rows to give each rank as many batches as the others: other rows on other numbers of ranks.
+
+    Args:
+        ahead: micro batches that are read before the first of them is worked on.
+
+    `taken`: of each of the micro batches that were read last, where its rows stand in the recipe's data, as `alpaca.json 8812`.
     """
 
-    def __init__(self, rows: Any, global_batch: int) -> None:
+    def __init__(self, rows: Any, global_batch: int, ahead: int = 1) -> None:
+        self.taken: deque[list[str]] = deque(maxlen=ahead)
         self.rows = rows
         self.num_rows = len(rows)
         self.length = -(-self.num_rows // global_batch) * global_batch
@@ -40,10 +51,12 @@ class WholeSteps(Dataset[dict[str, Any]]):
     def __getitem__(self, place: int) -> dict[str, Any]:
         return dict(self.rows[place]) if place < self.num_rows else self._nothing
 
-    def __getitems__(self, places: list[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, places: Sequence[int]) -> list[dict[str, Any]]:
         """What the data loader asks for instead of one after the other."""
         real = [place for place in places if place < self.num_rows]
-        return self._read(real) + [self._nothing] * (len(places) - len(real))
+        found = self._read(real)
+        self.taken.append(places_of(found))
+        return found + [self._nothing] * (len(places) - len(real))
 
     def _read(self, places: list[int]) -> list[dict[str, Any]]:
         table = self.rows[places] if places else {}
@@ -54,7 +67,13 @@ class WholeSteps(Dataset[dict[str, Any]]):
         """The shortest row with nothing to learn in it."""
         lengths = self.rows["length"][:]
         row = dict(self.rows[lengths.index(min(lengths))])
+        row.pop("where", None)
         return {**row, "labels": [IGNORED] * len(row["labels"])}
+
+
+def places_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Where rows stand in the recipe's data, the longest first."""
+    return [row["where"] for row in sorted(rows, key=lambda row: -row["length"]) if "where" in row]
 
 
 class StepOrder:
@@ -122,16 +141,48 @@ class StepOrder:
         return sum(lengths) if self.batching == "packed" else max(lengths)
 
 
-class RankBatches(Sampler[list[int]]):
+class MicroBatch(Sequence[int]):
+    """The rows of a micro batch, found when somebody asks for them: a resumed run passes over thousands."""
+
+    def __init__(self, of_step: Callable[[], list[list[int]]], place: int) -> None:
+        self.of_step = of_step
+        self.place = place
+
+    def __len__(self) -> int:
+        return len(self.of_step()[self.place])
+
+    @overload
+    def __getitem__(self, at: int) -> int: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[int]: ...
+
+    def __getitem__(self, at: int | slice) -> int | list[int]:
+        return self.of_step()[self.place][at]
+
+
+class RankBatches(Sampler[Sequence[int]]):
     """The micro batches of one rank, `accumulation` a step, such that all ranks of a step have about the same number of tokens.
 
     Neither packs nor padded micro batches have a number of rows that is fixed: none has more tokens, padding and all, than `micro_batch`
     of the step's longest row. Packed rows go, the longest first, where least tokens are. Rows that are padded lie beside rows of
     like length: few long ones or many short ones, or as many in each where that leaves less for the slowest rank to do.
+
+    Args:
+        shares: of each rank's tokens in a step, where its card is faster or slower than others (`unlike`).
     """
 
-    def __init__(self, order: StepOrder, micro_batch: int, accumulation: int, rank: int, num_ranks: int) -> None:
+    def __init__(
+        self,
+        order: StepOrder,
+        micro_batch: int,
+        accumulation: int,
+        rank: int,
+        num_ranks: int,
+        shares: Sequence[float] = (),
+    ) -> None:
         self.order = order
+        self.shares = shares
         self.micro_batch = micro_batch
         self.accumulation = accumulation
         self.rank, self.num_ranks = rank, num_ranks
@@ -139,9 +190,13 @@ class RankBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         return len(self.order) * self.accumulation
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Sequence[int]]:
         for step in self.order.steps():
-            yield from self.divided(step)[self.rank]
+            mine = cache(partial(self._mine, step))
+            yield from (MicroBatch(mine, place) for place in range(self.accumulation))
+
+    def _mine(self, step: Sequence[int]) -> list[list[int]]:
+        return self.divided(step)[self.rank]
 
     def divided(self, step: Sequence[int]) -> list[list[list[int]]]:
         """Of every rank the micro batches of a step."""
@@ -154,9 +209,11 @@ class RankBatches(Sampler[list[int]]):
             ]
         rows = sorted(step, key=lambda row: (-self.order.length(row), row))
         lengths = [self.order.length(row) for row in rows]
-        num = self.num_ranks * self.accumulation
-        if self.order.batching == "packed":
-            dealt = self._dealt(shared(lengths, num), lengths)
+        num, packed = self.num_ranks * self.accumulation, self.order.batching == "packed"
+        if self.shares:
+            dealt = dealt_by_share(lengths, self.shares, self.micro_batch, self.accumulation, packed)
+        elif packed:
+            dealt = evened(self._dealt(shared(lengths, num), lengths), lengths, self.micro_batch * lengths[0])
         else:
             dealt, cut = self._rounds(lengths), self._dealt(even_slots(lengths, num), lengths)
             # As many rows in each gives the ranks tokens that are more even.
@@ -168,8 +225,11 @@ class RankBatches(Sampler[list[int]]):
         """As many parts for each rank, such that tokens are even."""
         weights = [sum(lengths[at] for at in part) for part in parts]
         order = sorted(range(len(parts)), key=lambda place: -weights[place])
-        mine = shared([weights[place] for place in order], self.num_ranks, self.accumulation)
-        return [[parts[order[at]] for at in of_rank] for of_rank in mine]
+        falling = [weights[place] for place in order]
+        mine = evened(
+            [[of_rank] for of_rank in shared(falling, self.num_ranks, self.accumulation)], falling, sum(weights)
+        )
+        return [[parts[order[at]] for at in of_rank] for (of_rank,) in mine]
 
     def _rounds(self, lengths: Sequence[int]) -> list[list[list[int]]]:
         """Micro batches of as many rows each, those of all ranks at a time of like length and even tokens."""
@@ -230,17 +290,50 @@ def shared(weights: Sequence[int], num: int, most: int | None = None) -> list[li
     return parts
 
 
-def collator(batching: str, pad_token_id: int, own_mask: bool = False) -> Callable[[list[dict[str, Any]]], Batch]:
+def evened(dealt: list[list[list[int]]], lengths: Sequence[int], room: int) -> list[list[list[int]]]:
+    """The packs of all ranks, with rows of the rank that has most tokens exchanged for shorter ones of others, while that makes it less.
+
+    Args:
+        room: tokens that no pack may be more than.
+    """
+    for _ in range(_SWAPS):
+        totals = [sum(lengths[at] for pack in packs for at in pack) for packs in dealt]
+        most = totals.index(max(totals))
+        if totals[most] <= (1 + _EVEN) * min(totals):
+            break
+        best: tuple[int, list[int], int, list[int], int] | None = None
+        for other, packs in enumerate(dealt):
+            gap = totals[most] - totals[other]
+            for mine, theirs in itertools.product(dealt[most], packs):
+                free = min(gap - 1, room - sum(lengths[at] for at in theirs))
+                for one, two in itertools.product(range(len(mine)), range(len(theirs))):
+                    moved = lengths[mine[one]] - lengths[theirs[two]]
+                    higher = max(totals[most] - moved, totals[other] + moved)
+                    if 0 < moved <= free and higher < (best[0] if best else totals[most]):
+                        best = higher, mine, one, theirs, two
+        if best is None:
+            break
+        _, mine, one, theirs, two = best
+        mine[one], theirs[two] = theirs[two], mine[one]
+    return dealt
+
+
+def collator(
+    batching: str, pad_token_id: int, own_mask: bool = False, flash: bool = False
+) -> Callable[[list[dict[str, Any]]], Batch]:
     """What makes a micro batch out of rows.
 
     `packed` puts the rows into one sequence of shape (1, tokens) with position ids that start again at every row and, on purpose,
     no attention mask: with a mask transformers would let the rows see each other. A model that makes its `own_mask` gets ids
-    and labels alone: what stands right of a row is seen by none of its tokens.
+    and labels alone: what stands right of a row is seen by none of its tokens. `flash` adds where rows begin and how long the
+    longest is, as flash attention wants to be told; to see it from the position ids it would wait for the card.
     """
     if batching == "packed":
         from transformers import DataCollatorWithFlattening
 
-        flatten: Callable[[list[dict[str, Any]]], Batch] = DataCollatorWithFlattening(return_position_ids=True)
+        flatten: Callable[[list[dict[str, Any]]], Batch] = DataCollatorWithFlattening(
+            return_position_ids=True, return_flash_attn_kwargs=flash
+        )
         return lambda rows: flatten([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows])
     if own_mask:
         return lambda rows: {

@@ -13,11 +13,15 @@ from launcher.plan import Plan
 from launcher.remotecode import Staged
 from launcher.rundir import read_json, write_json
 from launcher.worker.data.encoding import Encoder, Progress
-from launcher.worker.data.rows import Message, named, read_conversations
+from launcher.worker.data.rows import BadRowError, Message, named, read_conversations, refuse_bad, to_conversation
+from launcher.worker.data.source import Place, Source
 from launcher.worker.data.tokens import IGNORED, Prompter, Tokens
 from launcher.worker.prepared import DataReport
 from launcher.worker.quiet import quiet_libraries
 from launcher.worker.staged import load_tokenizer
+
+# Rows of a stream that prepare looks at: a wrong column shows in the first of them, and their lengths are about those of all.
+_TRIED_OF_A_STREAM = 1000
 
 
 def tokenize(plan: Plan, tokenizer_dir: Path, into: Path, progress: Progress, code: Staged | None = None) -> None:
@@ -33,21 +37,22 @@ def tokenize(plan: Plan, tokenizer_dir: Path, into: Path, progress: Progress, co
     """
     quiet_libraries()
     data = plan.recipe.data
-    rows, eval_rows, bad = conversations(plan)
+    places: list[str] | None = None if data.streaming else []
+    rows, eval_rows, bad = conversations(plan, places)
     tokenizer = _tokenizer(plan, tokenizer_dir, code)
     template = _template(plan, tokenizer)
     ends = end_ids(plan.shape.prompts, tokenizer, tokenizer_dir, template)
     encoder = Encoder(Prompter(tokenizer, template, ends), data, len(rows) + len(eval_rows), progress)
-    train, evaluation = encoder.encode(rows), encoder.encode(eval_rows)
+    train, evaluation = encoder.encode(rows, places), encoder.encode(eval_rows)
     if not train:
         raise DataError(
             f"data.max_length: {data.max_length}",
             f"no answer is left of {len(rows):,} rows",
             "allow longer rows: data.max_length=1024",
         )
-    for name, part in (("train", train), ("eval", evaluation)):
+    for name, part, where in (("train", train, places), ("eval", evaluation, None)):
         if part:  # datasets writes an empty one but cannot read it back
-            _write(part, into / name)
+            _write(part, where, into / name)
     left: dict[str, Any] = {
         "template": template,
         "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
@@ -58,10 +63,16 @@ def tokenize(plan: Plan, tokenizer_dir: Path, into: Path, progress: Progress, co
     write_json(into / "report.json", left)
 
 
-def conversations(plan: Plan) -> tuple[list[list[Message]], list[list[Message]], list[str]]:
-    """Training rows, evaluation rows and the lines about bad ones."""
+def conversations(
+    plan: Plan, places: list[str] | None = None
+) -> tuple[list[list[Message]], list[list[Message]], list[str]]:
+    """Training rows (of a stream the first ones, to try them), evaluation rows and the lines about bad ones.
+
+    Args:
+        places: where each training row stands is added to it; not for a stream.
+    """
     data, evaluation = plan.recipe.data, plan.recipe.data.eval
-    rows, bad = read_conversations(data, data.path)
+    rows, bad = first_conversations(plan) if data.streaming else read_conversations(data, data.path, places)
     if evaluation is None:
         return rows, [], bad
     if evaluation.path is not None:
@@ -76,7 +87,31 @@ def conversations(plan: Plan) -> tuple[list[list[Message]], list[list[Message]],
             f"keep fewer: data.eval.rows={max(1, len(rows) // 10)}",
         )
     kept = set(random.Random(plan.recipe.train.seed).sample(range(len(rows)), num))
+    if places is not None:
+        places[:] = [where for place, where in enumerate(places) if place not in kept]
     return [row for place, row in enumerate(rows) if place not in kept], [rows[place] for place in sorted(kept)], bad
+
+
+def first_conversations(plan: Plan) -> tuple[list[list[Message]], list[str]]:
+    """The first rows of a stream, and a line for each before them that is none.
+
+    Raises:
+        DataError: one is bad and `bad_rows` is `error`, or all are.
+    """
+    data = plan.recipe.data
+    rows: list[list[Message]] = []
+    bad: list[str] = []
+    for row, place in Source(data, plan.recipe.train.seed).rows(Place()):
+        if place.round or len(rows) + len(bad) == min(_TRIED_OF_A_STREAM, data.shuffle_rows):
+            break
+        try:
+            if row.problem is not None:
+                raise BadRowError(row.problem)
+            rows.append(to_conversation(row.value, data))
+        except BadRowError as error:
+            bad.append(f"{row.where}  {error}")
+    refuse_bad(data, data.path, rows, bad)
+    return rows, bad
 
 
 def _tokenizer(plan: Plan, folder: Path, code: Staged | None) -> Any:
@@ -101,8 +136,8 @@ def _tokenizer(plan: Plan, folder: Path, code: Staged | None) -> Any:
     return tokenizer
 
 
-def _write(rows: list[Tokens], folder: Path) -> None:
-    """One Arrow table with input_ids, labels and length."""
+def _write(rows: list[Tokens], places: list[str] | None, folder: Path) -> None:
+    """One Arrow table with input_ids, labels and length, and where each row stands, where that is known."""
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()
@@ -110,6 +145,7 @@ def _write(rows: list[Tokens], folder: Path) -> None:
         "input_ids": [tokens.input_ids for tokens in rows],
         "labels": [tokens.labels for tokens in rows],
         "length": [len(tokens.input_ids) for tokens in rows],
+        **({"where": places} if places is not None else {}),
     }
     Dataset.from_dict(columns).save_to_disk(str(folder))
 

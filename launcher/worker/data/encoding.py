@@ -41,23 +41,28 @@ class Encoder:
         self.processes = processes or min(_MOST_PROCESSES, len(os.sched_getaffinity(0)))
         self.done = self.dropped = self.truncated = 0
 
-    def encode(self, rows: Sequence[list[Message]]) -> list[Tokens]:
+    def encode(self, rows: Sequence[list[Message]], places: list[str] | None = None) -> list[Tokens]:
         """The tokens of the rows that are left, in their order.
+
+        Args:
+            places: where each row stands; those of rows that go are taken out.
 
         Raises:
             DataError: the template does not go with these rows.
         """
-        kept = []
+        kept, stays = [], []
         for tokens in self._tokens(rows):
             self.done += 1
             if self.done % _ROWS_PER_PROGRESS == 0:
                 self.progress(self.done, self.total)
-            nothing_left = all(label == IGNORED for label in tokens.labels)
-            if tokens.cut and (self.data.overlong == "drop" or nothing_left):
+            stays.append(not is_left_out(tokens, self.data))
+            if not stays[-1]:
                 self.dropped += 1
             else:
                 self.truncated += tokens.cut
                 kept.append(tokens)
+        if places is not None:
+            places[:] = [place for place, stay in zip(places, stays, strict=True) if stay]
         return kept
 
     def _tokens(self, rows: Sequence[list[Message]]) -> Iterator[Tokens]:
@@ -76,6 +81,11 @@ class Encoder:
                     yield from part
         finally:
             _shared = None
+
+
+def is_left_out(tokens: Tokens, data: Data) -> bool:
+    """Whether a row is not learned from: too long where such rows are dropped, or cut so that nothing of its answer is left."""
+    return tokens.cut and (data.overlong == "drop" or all(label == IGNORED for label in tokens.labels))
 
 
 def _tokens_from(start: int) -> list[Tokens] | tuple[str, str, str]:

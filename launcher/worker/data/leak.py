@@ -6,6 +6,7 @@ A family can ignore position ids, a library can hand a mask on, a config can swi
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,11 +17,14 @@ from launcher.worker.data.batches import collator
 from launcher.worker.staged import from_config, load_config
 
 _VOCAB = 64
-_TOLERANCE = 1e-4
+_TOLERANCE, _TOLERANCE_BF16 = 1e-4, 0.05
 
 
-def refuse_leaks(plan: Plan, model_dir: Path, code: Staged | None = None) -> None:
+def refuse_leaks(plan: Plan, model_dir: Path, code: Staged | None = None, device: torch.device | None = None) -> None:
     """Compare the logits of a row by itself and behind another one in a pack, on two layers with random weights.
+
+    Args:
+        device: a card, to try what the plan computes attention with there; a CPU otherwise.
 
     Raises:
         PreflightError: they differ, so a packed row depends on its neighbour.
@@ -31,18 +35,24 @@ def refuse_leaks(plan: Plan, model_dir: Path, code: Staged | None = None) -> Non
         setattr(config, name, None)  # the real ones may lie beyond the small vocabulary
     torch.manual_seed(0)
     model = from_config(config, code).eval()
+    flash = device is not None and plan.attention == "flash_attention_2"
+    if flash:
+        model = model.to(device, torch.bfloat16)
+        model.set_attn_implementation(plan.attention)
     model.config.use_cache = False  # as in training
     rows = [{"input_ids": torch.randint(0, _VOCAB, (length,)).tolist()} for length in (7, 9)]
     rows = [{**row, "labels": row["input_ids"]} for row in rows]
-    pack = collator("packed", 0)
+    pack = collator("packed", 0, flash=flash)
     with torch.no_grad():
-        together = model(**_inputs(pack(rows))).logits[0, 7:]
-        alone = model(**_inputs(pack(rows[1:]))).logits[0]
+        together = model(**_inputs(pack(rows), model.device)).logits[0, 7:]
+        alone = model(**_inputs(pack(rows[1:]), model.device)).logits[0]
     difference = float((together - alone).abs().max())
-    if difference > _TOLERANCE:
+    if difference > (_TOLERANCE_BF16 if flash else _TOLERANCE):
         found = f"rows of one pack see each other in {plan.shape.name}: logits differ by {difference:.2g}"
         raise PreflightError("data.batching: packed", found, "set data.batching=bucketed")
 
 
-def _inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in batch.items() if name != "labels"}
+def _inputs(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {
+        name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items() if name != "labels"
+    }

@@ -74,24 +74,45 @@ def data_files(paths: str | Sequence[str]) -> list[Path]:
     return files
 
 
-def read_conversations(data: Data, paths: str | Sequence[str]) -> tuple[list[list[Message]], list[str]]:
+def read_conversations(
+    data: Data, paths: str | Sequence[str], places: list[str] | None = None
+) -> tuple[list[list[Message]], list[str]]:
     """All conversations of the files, and a line for every row that was left out under `bad_rows: skip`.
+
+    Args:
+        places: where each conversation stands is added to it, as `alpaca.json 8812`: of an array, which may be one line, the element,
+            else the line that is not empty; counted from 1.
 
     Raises:
         DataError: rows are bad and `bad_rows` is `error` (names the first ones), or nothing is left.
     """
     conversations: list[list[Message]] = []
     bad: list[str] = []
-    shown_paths = paths if isinstance(paths, str) else ", ".join(paths)
-    for row in (row for file in data_files(paths) for row in read_rows(file)):
+    numbered = ((file, *each) for file in data_files(paths) for each in enumerate(read_rows(file), 1))
+    for file, number, row in numbered:
         try:
             if row.problem is not None:
                 raise BadRowError(row.problem)
             conversations.append(to_conversation(row.value, data))
+            if places is not None:
+                places.append(f"{file.name} {number}")
         except BadRowError as error:
             bad.append(f"{row.where}  {error}")
         if len(conversations) == data.max_rows:
             break
+    refuse_bad(data, paths, conversations, bad)
+    return conversations, bad
+
+
+def refuse_bad(
+    data: Data, paths: str | Sequence[str], conversations: Sequence[list[Message]], bad: Sequence[str]
+) -> None:
+    """Raise where rows are bad and `bad_rows` is `error` (names the first ones), or nothing is left.
+
+    Raises:
+        DataError: so it is.
+    """
+    shown_paths = paths if isinstance(paths, str) else ", ".join(paths)
     if bad and data.bad_rows == "error":
         shown = "\n".join(f"    {line}" for line in bad[:_MANY])
         more = f"\n    … and {len(bad) - _MANY:,} more" if len(bad) > _MANY else ""
@@ -103,7 +124,6 @@ def read_conversations(data: Data, paths: str | Sequence[str]) -> tuple[list[lis
     if not conversations:
         found = f"none of its {len(bad):,} rows can be used; the first: {bad[0]}" if bad else "holds no rows"
         raise DataError(f"data.path: {shown_paths}", found, "check data.path and data.format")
-    return conversations, bad
 
 
 def read_rows(file: Path) -> Iterator[RawRow]:

@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerState
 
-from launcher.plan import Plan, steps_per_epoch
+from launcher.plan import Plan
 from launcher.rundir import RunDir
 from launcher.worker import checkpoint
+from launcher.worker.data.batches import places_of
 from launcher.worker.headloss import LossAtLabels
 from launcher.worker.pipeline.cutting import Stage, build_stage, prove, stream_dtype
 from launcher.worker.pipeline.saving import read_rng_state, write_part, write_rng_state
@@ -91,7 +92,7 @@ class PipelinedTrainer(PlannedTrainer):
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         if self.args.eval_on_start:
             self.evaluate()
-        per_epoch, global_batch = steps_per_epoch(self.plan, len(self.train_rows)), self.plan.global_batch
+        per_epoch, global_batch = len(self.order), self.plan.global_batch
         while not self.control.should_training_stop:
             epoch, place = divmod(self.state.global_step, per_epoch)
             if place == 0 or self._steps is None:
@@ -132,10 +133,13 @@ class PipelinedTrainer(PlannedTrainer):
         """One optimizer step; gradient norm and learning rate of it."""
         assert self.plan.pipeline is not None
         self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
+        self.metrics.own.begin()
         micro = micro_batches(
             rows, self.plan.micro_batch, len(self.plan.stages), self.prepared.pad_token_id, self.data_collator
         )
         self.metrics.counters.add(micro.batch)
+        slots, length = micro.batch["input_ids"].shape
+        self.pulse.batch = (slots // micro.num, length, places_of(rows))
         scale = 1.0 if self.scale is None else self.scale.value
         loss = self.pipeline.train(micro, self.plan.pipeline, scale)
         loss, norm = self._over_all_stages(loss, scale)
