@@ -153,7 +153,7 @@ def measure(name: str, order: str, folder: Path, steps: int, kept: Kept) -> tupl
     file.write_text(f"devices: [{len(plan.stages)}xcpu]\nschedule: pipelined\nplacement: [{placed}]\n")
     override = ["strategy.type=device_map", f"strategy.device_map={file}", f"strategy.pipeline={order}"]
     naive, pipelined = kept[of_waits], run(work / order, emulated, waits, override)
-    wanted = plan.time.total_s
+    wanted = plan.time.total_s - plan.time.optimizer_s  # these cards compute layers, and a small optimizer for real
     if pipelined < wanted:
         raise SystemExit(
             f"{name}, {order}: {pipelined:.3f} s a step that waits {wanted:.3f} s: its layers did not wait"
@@ -207,7 +207,7 @@ def run(folder: Path, recipe: Path, waits: list[tuple[float, float]], overrides:
     """
     loaded = load_recipe(recipe, overrides)
     named = loaded.recipe.strategy.device_map
-    device_map = load_device_map(named)[1] if named is not None else None
+    device_map = load_device_map(named).device_map if named is not None else None
     cluster = resolve_cluster(loaded.recipe.hardware if device_map is None else device_map.devices)
     shape = shape_of(loaded.recipe.model, recipe.parent)
     plan, where = make_plan("emulated", loaded.recipe, cluster, shape, device_map=device_map), RunDir(folder)

@@ -41,6 +41,7 @@
     show/        all of it -> what a person reads
     rehearsal    a plan -> the plan of its rehearsal, on this machine's CPU with a small model
     background   a launch that goes on without its terminal
+    devices      recipe and flags -> the devices of a plan, or of a talk
     start        recipe and flags -> plan -> a run carried out
     slurm        a recipe -> a job in Slurm's queue
     runs         verbs about runs that are there

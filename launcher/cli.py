@@ -140,13 +140,14 @@ def run(asked: Asked, run_dir: str | None, slurm: str | None, dry_run: bool, reh
 @run_argument
 @overrides_argument
 @on_devices
+@click.option("--device-map", help="Go on over the devices of this map; by default over those that the run has.")
 @detach_option
 def resume(run_dir: str, overrides: tuple[str, ...], detach: bool, **devices: Any) -> None:
-    """Go on from the newest valid checkpoint of a run, on the same hosts unless others are named."""
+    """Go on from the newest valid checkpoint of a run, on the same hosts and devices unless others are named."""
     from launcher.rundir import open_run
 
     where = open_run(run_dir)
-    _, plan = start.plan_recipe(Asked(str(where.recipe), overrides, Where(**devices)), before=where)
+    _, plan = start.plan_recipe(start.asked(str(where.recipe), overrides, Where(**devices)), before=where)
     start.carry_out(True, plan, where, detach)
 
 
@@ -264,7 +265,7 @@ def chat(run_dir: str, device_map: str | None, context: int | None, **options: A
     from launcher.rundir import open_run
 
     run = open_run(run_dir)
-    placed = start.chat_placement(run, device_map, context)
+    placed = start.chat_placement(run, device_map, context, options["max_new_tokens"])
     sys.exit(run_in_foreground("chat", run, options, placed))
 
 
@@ -299,13 +300,17 @@ def export(run_dir: str, **options: Any) -> None:
 
 @cli.command()
 def recipes() -> None:
-    """List the recipes beside you and the shipped ones, a line each."""
+    """List the recipes beside you and the shipped ones, a line each, then the device maps."""
+    from launcher.recipe.device_maps import device_maps
     from launcher.recipe.shipped import purpose
     from launcher.recipe.shipped import recipes as known
 
-    found = known()
-    width = max((len(path.stem) for path in found), default=0)
+    found, maps = known(), device_maps()
+    width = max((len(path.stem) for path in (*found, *maps)), default=0)
     for path in found:
+        click.echo(f"{path.stem:<{width}}  {purpose(path)}")
+    click.echo("\nDevice maps, for --device-map NAME; your own go into recipes/device_maps:")
+    for path in maps:
         click.echo(f"{path.stem:<{width}}  {purpose(path)}")
 
 

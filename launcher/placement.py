@@ -1,22 +1,29 @@
 """In: what a layer costs on each device, in bytes and seconds. Out: which layers lie where, exactly the best for a schedule. Pure.
 
 Layers are alike, so a placement is an order of devices and how many layers each takes; embedding and head lie at the ends. Two
-aims: `naive` (one device computes at a time) makes the sum of all times smallest, `pipelined` (all compute at once) the slowest
-stage. The search goes from the last layer to the first over sets of devices: how much a stage of a pipeline has in flight depends
-only on how many stages come after it. It is exact, and 8 unlike devices with 80 layers take a fraction of a second.
+aims: `naive` (one device computes at a time) makes the sum of all stages smallest, `pipelined` (all compute at once) the sum and m − 1
+times the slowest of them, m micro batches of a step: the first goes through all stages, the others follow as fast as the slowest lets
+them. The search goes from the last layer to the first over sets of devices: how much a stage of a pipeline has in flight depends
+only on how many stages come after it. It is exact, of devices that are alike any one is taken, and 8 unlike ones with 80 layers take
+less than a second.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from launcher.pipeline import Order, in_flight
 
 Schedule = Literal["naive", "pipelined"]
+
+# A pipeline's search ends where nothing can be better by more than this, or after so many bounds on its slowest stage; sets of many
+# unlike devices are large.
+_AS_GOOD, _MOST_BOUNDS, _FEW_BOUNDS, _FEW_KINDS = 1e-4, 200, 4, 5
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Placement:
-    """Stages in the order of the layers; `seconds` is the sum of all (naive) or the slowest (pipelined), a micro batch."""
+    """Stages in the order of the layers; `seconds` is what the search makes smallest: of a micro batch (naive), of a step (pipelined)."""
 
     stages: tuple[Stage, ...]
     seconds: float
@@ -108,6 +115,11 @@ class _Piece:
     recompute: bool
 
 
+_Adding = Callable[
+    [list[float], _Piece], Iterator[tuple[int, float, int]]
+]  # (i, seconds, layers taken), as `_added_sum`
+
+
 def place(
     layers: Layers,
     places: Sequence[Place],
@@ -116,90 +128,137 @@ def place(
     recompute: bool | None = None,
     order: Order = "1f1b",
 ) -> Placement | None:
-    """The best placement, or None where nothing fits.
+    """The best placement, or None where nothing fits; the arguments are `Search`'s."""
+    return Search(layers, places, schedule, micro_batches, recompute, order).best()
+
+
+def _slowest(placement: Placement) -> float:
+    return max(stage.seconds for stage in placement.stages)
+
+
+def _sum(placement: Placement) -> float:
+    return sum(stage.seconds for stage in placement.stages)
+
+
+class Search:
+    """A table of sets of devices (of bits): the last i layers, and the head, on the devices of a set take so many seconds at least.
 
     Args:
         micro_batches: of a step; in a pipeline several are in flight, by its order.
         recompute: True or False for every device; None chooses for each.
     """
-    search = _Search(layers, places, schedule, micro_batches, recompute, order)
-    return search.best()
-
-
-def cost_of(
-    layers: Layers,
-    places: Sequence[Place],
-    schedule: Schedule,
-    micro_batches: int,
-    recompute: bool | None,
-    order: Order,
-    ranges: Sequence[tuple[int, int]],
-) -> Placement | None:
-    """The placement that somebody has written down, first and last layer of each device in order; None where it does not fit.
-
-    Raises:
-        ValueError: the ranges are not those of all layers, or of more devices than there are.
-    """
-    if len(ranges) > len(places) or not ranges or ranges[-1][1] != layers.num - 1:
-        raise ValueError(f"{len(ranges)} ranges up to layer {ranges[-1][1] if ranges else 0} for {layers.num} layers")
-    search = _Search(layers, places, schedule, micro_batches, recompute, order)
-    stages = []
-    for device, (first, last) in enumerate(ranges):
-        after_it, num = len(ranges) - 1 - device, last + 1 - first
-        pieces = [piece for piece in search.pieces(device, after_it, first == 0) if piece.low <= num <= piece.high]
-        if not pieces:
-            return None
-        stages.append(search.stage(device, first, num, after_it, pieces[0].recompute, first == 0))
-    seconds = [stage.seconds for stage in stages]
-    return Placement(tuple(stages), sum(seconds) if schedule == "naive" else max(seconds))
-
-
-class _Search:
-    """`cost[used][i]`: the last i layers, and the head, on the devices in `used` (a set of bits): the least seconds."""
 
     def __init__(
         self,
         layers: Layers,
         places: Sequence[Place],
         schedule: Schedule,
-        micro_batches: int,
-        recompute: bool | None,
-        order: Order,
+        micro_batches: int = 1,
+        recompute: bool | None = None,
+        order: Order = "1f1b",
     ) -> None:
         self.layers = layers
         self.places = places
         self.naive = schedule == "naive"
         self.micro_batches = micro_batches
         self.order = order
+        # Of places that are alike the first is used before the next: any other order costs the same.
+        self.twins = [max((j for j in range(i) if places[j] == place), default=i) for i, place in enumerate(places)]
+        self.kinds = [next(j for j, other in enumerate(places) if other == place) for place in places]
         self.modes = (False, True) if recompute is None else (recompute,)
+        # Every stage of a pipeline needs a micro batch to work on; one that is alone is none.
+        self.least_stages, self.most_stages = 1, len(places)
+        if not self.naive:
+            self.least_stages, self.most_stages = 2, min(len(places), micro_batches)
+        self.most_bounds = _MOST_BOUNDS if len(set(places)) <= _FEW_KINDS else _FEW_BOUNDS
+
+    def placement(self, stages: Sequence[Stage]) -> Placement:
+        """These stages with the seconds that the search compares."""
+        seconds = [stage.seconds for stage in stages]
+        waiting = 0.0 if self.naive else (self.micro_batches - 1) * max(seconds)
+        return Placement(tuple(stages), sum(seconds) + waiting)
+
+    def given(self, parts: Sequence[tuple[int, int]]) -> Placement | None:
+        """The placement of these (device, number of layers) in this order, of all layers; None where it does not fit."""
+        stages: list[Stage] = []
+        for at, (device, num) in enumerate(parts):
+            after_it, start = len(parts) - 1 - at, stages[-1].stop if stages else 0
+            pieces = [piece for piece in self.pieces(device, after_it, at == 0) if piece.low <= num <= piece.high]
+            if not pieces:
+                return None
+            stages.append(self.stage(device, start, num, after_it, pieces[0].recompute, at == 0))
+        return self.placement(stages)
 
     def best(self) -> Placement | None:
-        """Fill the table set by set, then read the best way back."""
-        num, whole = self.layers.num, 1 << len(self.places)
-        nothing = [0.0 if i == 0 else math.inf for i in range(num + 1)]
-        cost: list[list[float]] = [nothing] + [[math.inf] * (num + 1) for _ in range(whole - 1)]
+        """Of a pipeline the sum is made smallest under bounds on the slowest stage, until no other bound can be better.
+
+        Between two bounds nothing takes less than the sum at the larger one and (m − 1) × the smaller one.
+        """
+        if self.naive:
+            return self._smallest_sum(math.inf)
+        slowest = self._fill(self._added_max, math.inf)
+        if slowest is None:
+            return None
+        tight, loose = self._smallest_sum(_slowest(slowest)), self._smallest_sum(math.inf)
+        assert tight is not None, "it has the slowest stage of one that was found"
+        assert loose is not None, "it may be any"
+        best, others = min(tight, loose, key=lambda found: found.seconds), self.micro_batches - 1
+        between = [(_sum(loose) + others * _slowest(tight), _slowest(tight), _slowest(loose), _sum(loose))]
+        for _ in range(self.most_bounds):
+            if not between or min(between)[0] >= best.seconds * (1 - _AS_GOOD):
+                break
+            _, lower, upper, sum_at_upper = heapq.heappop(between)
+            bound = (lower + upper) / 2
+            found = self._smallest_sum(bound)
+            if found is None:
+                continue
+            best = min(best, found, key=lambda one: one.seconds)
+            heapq.heappush(between, (_sum(found) + others * lower, lower, _slowest(found), _sum(found)))
+            heapq.heappush(between, (sum_at_upper + others * bound, bound, upper, sum_at_upper))
+        return best
+
+    def _smallest_sum(self, bound: float) -> Placement | None:
+        """The placement with the smallest sum of which no stage takes longer than `bound`."""
+        return self._fill(self._added_sum, bound * (1 + 1e-9))
+
+    def _fill(self, added: _Adding, bound: float) -> Placement | None:
+        """Fill the table set by set, those of one device first, then read the best way back."""
+        num = self.layers.num
+        sets: dict[int, list[float]] = {0: [0.0 if i == 0 else math.inf for i in range(num + 1)]}
         came: dict[tuple[int, int], tuple[int, int, bool]] = {}
         ending: tuple[float, int, int, int, bool] | None = None
-        for used in range(whole - 1):
-            if not any(value < math.inf for value in cost[used]):
-                continue
-            for device in range(len(self.places)):
-                if used >> device & 1:
-                    continue
-                after = used | 1 << device
-                for piece in self.pieces(device, used.bit_count(), is_first=False):
-                    for i, value, taken in self._added(cost[used], piece):
-                        if value < cost[after][i]:
-                            cost[after][i] = value
-                            came[after, i] = (device, taken, piece.recompute)
-                for piece in self.pieces(device, used.bit_count(), is_first=True):
-                    for i, value, taken in self._added(cost[used], piece):
-                        if i == num and (ending is None or value < ending[0]):
-                            ending = (value, used, device, taken, piece.recompute)
+        for num_used in range(self.most_stages):
+            larger: dict[int, list[float]] = {}
+            for used, cost in sets.items():
+                for device in self._free(used):
+                    after = used | 1 << device
+                    for piece in self.pieces(device, num_used, is_first=False, bound=bound):
+                        reached = larger.setdefault(after, [math.inf] * (num + 1))
+                        for i, value, taken in added(cost, piece):
+                            if value < reached[i]:
+                                reached[i] = value
+                                came[after, i] = (device, taken, piece.recompute)
+                    if num_used + 1 < self.least_stages:
+                        continue
+                    for piece in self.pieces(device, num_used, is_first=True, bound=bound):
+                        for i, value, taken in added(cost, piece):
+                            if i == num and (ending is None or value < ending[0]):
+                                ending = (value, used, device, taken, piece.recompute)
+            sets = {used: cost for used, cost in larger.items() if min(cost) < math.inf}
         return None if ending is None else self._read_back(ending, came)
 
-    def pieces(self, device: int, after_it: int, is_first: bool) -> Iterator[_Piece]:
-        """Times of a device as a stage with so many stages after it; nothing where not even its ends fit."""
+    def unused(self, devices: Sequence[int]) -> list[int]:
+        """Devices beside these; of those that are alike the first."""
+        return list(self._free(sum(1 << device for device in devices)))
+
+    def _free(self, used: int) -> Iterator[int]:
+        """Devices that are not in a set; of those that are alike the first."""
+        for device, twin in enumerate(self.twins):
+            if not used >> device & 1 and (twin == device or used >> twin & 1):
+                yield device
+
+    def pieces(self, device: int, after_it: int, is_first: bool, bound: float = math.inf) -> Iterator[_Piece]:
+        """Times of a device as a stage with so many stages after it, none beyond `bound`; nothing where not even its ends fit."""
         layers, here, is_last = self.layers, self.places[device], after_it == 0
         has_head = is_first if layers.ends_together else is_last
         hand_overs = (not is_last) + (not is_first)
@@ -210,7 +269,10 @@ class _Search:
         for recompute in self.modes:
             high = self._fit(device, after_it, is_first, recompute)
             if high >= low:
-                yield _Piece(low, high, fixed, here.recompute_s if recompute else here.keep_s, recompute)
+                slope = here.recompute_s if recompute else here.keep_s
+                in_time = high if bound == math.inf else math.floor((bound - fixed) / slope) if slope else high
+                if min(high, in_time) >= low:
+                    yield _Piece(low, min(high, in_time), fixed, slope, recompute)
                 low = high + 1  # computing again is for what does not fit otherwise
 
     def _fit(self, device: int, after_it: int, is_first: bool, recompute: bool) -> int:
@@ -236,12 +298,11 @@ class _Search:
             each = moment.layer + flying * moment.flying
             yield moment.embedding * is_first + moment.head * has_head + passing, moment.working, each
 
-    def _added(self, before: list[float], piece: _Piece) -> Iterator[tuple[int, float, int]]:
-        """(i, seconds, layers taken) of the best way to reach i layers with this piece on top of what was there before."""
-        return self._added_sum(before, piece) if self.naive else self._added_max(before, piece)
-
     def _added_sum(self, before: list[float], piece: _Piece) -> Iterator[tuple[int, float, int]]:
-        """before[j] + fixed + slope (i - j): the least over a window of j that slides with i."""
+        """(i, seconds, layers taken) of the best way to reach i layers with this piece on top of what was there before.
+
+        before[j] + fixed + slope (i - j): the least over a window of j that slides with i.
+        """
         window: deque[int] = deque()
         for i in range(piece.low, self.layers.num + 1):
             j = i - piece.low
@@ -257,8 +318,10 @@ class _Search:
                 yield i, before[j] + piece.fixed + piece.slope * (i - j), i - j
 
     def _added_max(self, before: list[float], piece: _Piece) -> Iterator[tuple[int, float, int]]:
-        """max(before[i - n], fixed + slope n): taking more layers makes one side larger and the other smaller."""
+        """The same of max(before[i - n], fixed + slope n): taking more layers makes one side larger and the other smaller."""
         reached = [j for j, value in enumerate(before) if value < math.inf]  # a range without gaps
+        if not reached:
+            return
         for i in range(reached[0] + piece.low, min(self.layers.num, reached[-1] + piece.high) + 1):
             least, most = max(piece.low, i - reached[-1]), min(piece.high, i - reached[0])
             low, high = least, most
@@ -275,20 +338,31 @@ class _Search:
         self, ending: tuple[float, int, int, int, bool], came: dict[tuple[int, int], tuple[int, int, bool]]
     ) -> Placement:
         """The stages from the first to the last layer."""
-        seconds, used, device, taken, recompute = ending
+        _, used, device, taken, recompute = ending
         stages, start, is_first = [], 0, True
         while True:
             after_it = used.bit_count()
             stages.append(self.stage(device, start, taken, after_it, recompute, is_first))
             start, is_first = start + taken, False
             if not used:
-                return Placement(tuple(stages), seconds)
+                return self.placement(stages)
             device, taken, recompute = came[used, self.layers.num - start]
             used &= ~(1 << device)
 
     def stage(self, device: int, start: int, taken: int, after_it: int, recompute: bool, is_first: bool) -> Stage:
         """A device with that many layers, priced."""
         piece = next(p for p in self.pieces(device, after_it, is_first) if p.recompute == recompute)
-        moments = self._memory(after_it, is_first, recompute)
-        fullest = max(ends + (working + taken * each if taken else 0) for ends, working, each in moments)
+        fullest = self.fullest(after_it, is_first, recompute, taken)
         return Stage(device, start, start + taken, recompute, fullest, piece.fixed + piece.slope * taken)
+
+    def least_bytes(self, parts: Sequence[tuple[int, int]]) -> list[int]:
+        """What each device of a placement (as `given` has it) needs at least, whatever it has."""
+        last = len(parts) - 1
+        return [
+            min(self.fullest(last - at, at == 0, mode, num) for mode in self.modes) for at, (_, num) in enumerate(parts)
+        ]
+
+    def fullest(self, after_it: int, is_first: bool, recompute: bool, taken: int) -> int:
+        """Bytes of a stage with so many layers when it holds most."""
+        moments = self._memory(after_it, is_first, recompute)
+        return max(ends + (working + taken * each if taken else 0) for ends, working, each in moments)

@@ -7,31 +7,31 @@ import functools
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from launcher.errors import UsageError
+from launcher.devices import Where, chat_placement, devices_of
+from launcher.errors import Problem, RecipeError, UsageError
 
 if TYPE_CHECKING:
-    from launcher.cluster import Cluster
-    from launcher.plan import ChatPlan, Plan
+    from launcher.plan import Plan
     from launcher.recipe import LoadedRecipe
     from launcher.report import Failure
     from launcher.rundir import RunDir
 
-_WHAT_IS_HERE = "answer on what is here: leave --device-map out"
-
-
-@dataclass(frozen=True)
-class Where:
-    """The flags that say on which devices: see `cli` for their meaning."""
-
-    nproc: int | None = None
-    hostfile: str | None = None
-    device_map: str | None = None
-    include: str | None = None
-    exclude: str | None = None
+__all__ = [
+    "Asked",
+    "Where",
+    "asked",
+    "attach",
+    "carry_out",
+    "chat_placement",
+    "new_run_dir",
+    "plan_recipe",
+    "rehearse",
+    "show_commands",
+]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Asked:
 
     recipe: str
     overrides: tuple[str, ...] = ()
-    where: Where = Where()
+    where: Where = field(default_factory=Where)
 
     def with_overrides(self, *more: str) -> Asked:
         """The same with further overrides, which win."""
@@ -59,104 +59,48 @@ def asked(recipe: str | None, overrides: tuple[str, ...], where: Where) -> Asked
         return Asked(recipe, overrides, where)
     from launcher.recipe.device_maps import load_device_map
 
-    if recipe is not None and "=" in recipe:  # the first override
+    if recipe is not None and "=" in recipe and not Path(recipe).is_file():  # the first override
         overrides, recipe = (recipe, *overrides), None
-    path, device_map = load_device_map(where.device_map)
-    if recipe is None and device_map.recipe is None:
-        to_type = f"name one: launch RECIPE --device-map {where.device_map}"
+    found = load_device_map(where.device_map)
+    path, own = found.path, found.device_map.recipe
+    if recipe is None and own is None:
+        to_type = f"name one of `launch recipes`: launch RECIPE --device-map {where.device_map}"
         raise UsageError(f"--device-map {where.device_map}", "it names no recipe of its own", to_type)
+    if recipe is None and not (path.parent / str(own)).is_file():
+        with found.locating():
+            raise RecipeError(
+                [Problem("recipe", f"there is no {path.parent / str(own)}. It counts from this file's folder")]
+            )
     spread = ("strategy.type=device_map", f"strategy.device_map={path.resolve()}")
-    return Asked(recipe or str(path.parent / str(device_map.recipe)), (*spread, *overrides), where)
+    return Asked(recipe or str(path.parent / str(own)), (*spread, *overrides), where)
 
 
 def plan_recipe(asked: Asked, before: RunDir | None = None) -> tuple[LoadedRecipe, Plan]:
     """Recipe file and overrides -> checked recipe -> plan.
 
     Args:
-        before: the run that is gone on with: it keeps its name, and its hosts where it had several and none are asked for.
+        before: the run that is gone on with: it keeps its name, its device map, and its hosts where it had several and none are asked for.
     """
-    from launcher.cluster import on_this_machine, resolve_cluster
     from launcher.modelshape import shape_of
     from launcher.plan import make_plan, read_given
     from launcher.recipe import find_recipe, load_recipe
-    from launcher.recipe.device_maps import load_device_map
     from launcher.remotecode import planned_code
 
-    where, path = asked.where, find_recipe(asked.recipe)
+    path = find_recipe(asked.recipe)
     loaded = load_recipe(path, asked.overrides)
     with loaded.locating():
-        hardware, device_map = loaded.recipe.hardware, None
-        if loaded.recipe.strategy.device_map is not None:
-            _, device_map = load_device_map(loaded.recipe.strategy.device_map)
-            # The devices of the map, unless somebody asks for others on the command line.
-            if "hardware" not in loaded.document.from_command_line:
-                hardware = device_map.devices
-        cluster = None
-        if before is not None and where == Where() and "hardware" not in loaded.document.from_command_line:
-            cluster = hosts_of(before)
-        if cluster is None:
-            cluster = resolve_cluster(hardware, where.nproc, where.hostfile, where.include, where.exclude)
-        if device_map is not None and cluster.num_nodes == 1:
-            cluster = on_this_machine(cluster)
-        shape = shape_of(loaded.recipe.model, loaded.document.folder)
-        model, code = loaded.recipe.model, None
-        if shape.native is None:  # nothing of the code of a converted model is executed
-            model, code = planned_code(model, loaded.document.folder, path, shape.remote_code, shape.not_native)
-        resolved = loaded.recipe.model_copy(update={"model": model})
-        given = loaded.recipe.strategy.deepspeed
-        deepspeed = read_given(given) if given is not None else None
-        name = name_of(before) if before is not None else loaded.name
-        return loaded, make_plan(name, resolved, cluster, shape, code, device_map, deepspeed)
-
-
-def hosts_of(run: RunDir) -> Cluster | None:
-    """The hosts of a run that had a hostfile; None where it had none, and where its plan cannot be read any more."""
-    from launcher.cluster import Cluster
-    from launcher.rundir import read_json
-
-    before = (read_json(run.plan) or {}).get("cluster") or {}
-    with contextlib.suppress(ValueError):  # written by another version
-        cluster = Cluster.model_validate(before)
-        return cluster if cluster.nodes[0].where else None
-    return None
-
-
-def chat_placement(where: RunDir, named: str | None, context: int | None) -> ChatPlan | None:
-    """Where the layers of a run lie to talk to it: on a device map's cards, or those of the map that it was trained with, where they are
-    here. None without either.
-
-    Raises:
-        UsageError: there is no such device map, or no map at all for a context.
-        DoesNotFitError: the model does not fit on it.
-        PreflightError: its cards are not here, or the host has too little memory for what is kept in it.
-    """
-    from launcher import preflight, show
-    from launcher.cluster import found_on_this_machine, on_this_machine, resolve_cluster
-    from launcher.plan import CONTEXT_TOKENS, chat_plan, read_plan
-    from launcher.recipe.device_maps import load_device_map
-
-    plan = read_plan(where)
-    device_map = load_device_map(named)[1] if named is not None else plan.device_map
-    if device_map is None or (named is None and plan.kind == "cpu"):
-        if context is not None:
-            raise UsageError(
-                f"--context {context}", "is room that a device map is planned with", "add --device-map NAME"
-            )
-        return None
-    cluster = on_this_machine(resolve_cluster(device_map.devices))
-    screen = show.console(stderr=True)
-    chat = chat_plan(plan, cluster, device_map, context or CONTEXT_TOKENS)
-    show.show_chat(screen, chat)
-    needs = [(stage.device, stage.memory_bytes) for stage in chat.stages]
-    findings = [
-        *preflight.placed_cards(cluster, needs, found_on_this_machine(), _WHAT_IS_HERE),
-        *preflight.room_in_host(chat.host_bytes),
-    ]
-    if named is None and any(finding.level == "error" for finding in findings):
-        show.line(screen, "", f"{findings[0].found}: answers come from what is here")
-        return None
-    preflight.require(findings)
-    return chat
+        on = devices_of(loaded, asked.where, before)
+        with on.locating():
+            shape = shape_of(loaded.recipe.model, loaded.document.folder)
+            model, code = loaded.recipe.model, None
+            if shape.native is None:  # nothing of the code of a converted model is executed
+                model, code = planned_code(model, loaded.document.folder, path, shape.remote_code, shape.not_native)
+            resolved = loaded.recipe.model_copy(update={"model": model, "hardware": on.hardware})
+            given = loaded.recipe.strategy.deepspeed
+            deepspeed = read_given(given) if given is not None else None
+            name = name_of(before) if before is not None else loaded.name
+            plan = make_plan(name, resolved, on.cluster, shape, code, on.device_map, deepspeed)
+            return loaded, plan.model_copy(update={"decisions": (*on.decisions, *plan.decisions)})
 
 
 def new_run_dir(loaded: LoadedRecipe) -> RunDir:

@@ -35,7 +35,7 @@ _CPU_FRACTION = 0.85
 _SECONDS_PER_OP: dict[str, float] = {"cuda": 7e-6, "cpu": 14e-6}
 _OPS_PER_LAYER, _OPS_PER_ADAPTER = 36, 7
 # The Trainer's own work in a step, with logging: what small models take beyond the rest (benchmarks/results/step_time_*).
-_SECONDS_PER_STEP = {"cuda": 0.0, "cpu": 0.025}
+SECONDS_PER_STEP = {"cuda": 0.0, "cpu": 0.025}
 _UNKNOWN_FLOPS, _UNKNOWN_BANDWIDTH = 30e12, 400e9  # a card that gpus.yaml does not have
 
 
@@ -129,7 +129,7 @@ def step_time(request: MemoryRequest, speed: Speed, accumulation: int, num_repli
         forward_s=accumulation * whole_forward,
         backward_s=accumulation * whole_backward,
         recompute_s=accumulation * recompute,
-        optimizer_s=_optimizer(request, speed) + _SECONDS_PER_STEP[request.kind],
+        optimizer_s=optimizer_seconds(request, speed) + SECONDS_PER_STEP[request.kind],
         communication_s=exposed,
         tokens=request.num_tokens * accumulation * num_replicas,
         basis=speed.basis,
@@ -233,7 +233,7 @@ def head_seconds(request: MemoryRequest, speed: Speed) -> tuple[float, float]:
     return product + scores * (size + 4 * 4), product * (2 if request.full else 1) + scores * (4 * 3 + size)
 
 
-def _optimizer(request: MemoryRequest, speed: Speed) -> float:
+def optimizer_seconds(request: MemoryRequest, speed: Speed) -> float:
     """AdamW reads parameter, gradient and two moments and writes three of them, in fp32; in host memory where it is offloaded."""
     elements = request.trainable_parameters / request.shards
     if request.elsewhere != "none":

@@ -56,7 +56,7 @@ def test_two_cards_hold_what_neither_does(trained: Plan, context: int) -> None:
 
 
 def test_as_few_layers_as_can_be_lie_in_host_memory(trained: Plan) -> None:
-    few, many = (placed(trained, ("RTX 3060 12GiB",), context, spill="host") for context in (4096, 65_536))
+    few, many = (placed(trained, ("RTX 3060 12GiB",), context, spill="host") for context in (4096, 32_768))
     for chat in (few, many):
         check(chat, 28)
         assert chat.host_bytes / chat.in_host == pytest.approx(0.38 * GIB, rel=0.02)
@@ -65,17 +65,33 @@ def test_as_few_layers_as_can_be_lie_in_host_memory(trained: Plan) -> None:
     assert placed(trained, MIXED, spill="host").in_host == 0, "two cards have room for all of it"
 
 
-@pytest.mark.parametrize(
-    ("names", "context", "to_type"),
-    [
-        (("RTX 3060 Ti",), 4096, "spill: host in the device map"),
-        (MIXED, 300_000, "--context 1024, or spill: host in the device map"),
-    ],
-)
-def test_what_does_not_fit_says_what_does(trained: Plan, names: tuple[str, ...], context: int, to_type: str) -> None:
+def advice(plan: Plan, names: tuple[str, ...], context: int, **more: object) -> str:
     with pytest.raises(DoesNotFitError, match=r"11\.6 GiB of weights and .* of cache for [\d,]+ tokens on") as caught:
-        placed(trained, names, context)
-    assert caught.value.to_type == to_type
+        placed(plan, names, context, **more)
+    return caught.value.to_type
+
+
+def test_what_does_not_fit_says_what_does(trained: Plan) -> None:
+    assert advice(trained, ("RTX 3060 Ti",), 4096) == "spill: host in the device map"
+    tight = ("RTX 3060 Ti 8GiB reserved=1500MiB", "RTX 3060 12GiB reserved=4500MiB")
+    offered, _, rest = advice(trained, tight, 32_768).partition(", or ")
+    assert rest == "spill: host in the device map"
+    most = int(offered.removeprefix("--context "))
+    check(placed(trained, tight, most), 28)
+    assert f"--context {most}" in advice(trained, tight, most + 256), "no more than that"
+    by_hand = advice(trained, MIXED, 4096, placement=["0-20", "21-27"])
+    assert by_hand == "placement: auto in the device map, or spill: host and placement: auto in the device map"
+
+
+def test_no_more_tokens_than_the_model_was_made_for(trained: Plan) -> None:
+    cards = ("RTX 3090", "RTX 4090")
+    assert placed(trained, cards).longest == trained.shape.positions == 32_768
+    with pytest.raises(UsageError, match="was made for 32,768 tokens at most") as caught:
+        placed(trained, cards, 32_769)
+    assert caught.value.to_type == "--context 32768"
+    short = trained.model_copy(update={"shape": trained.shape.model_copy(update={"positions": 2048})})
+    chat = chat_plan(short, resolve_cluster(cards), None)
+    assert (chat.context, chat.longest) == (2048, 2048)
 
 
 def test_quantised_layers_stay_on_cards(trained: Plan) -> None:
@@ -104,10 +120,22 @@ def test_the_cards_of_a_named_map_have_to_be_here(
     run = run_of(trained, tmp_path / "run")
     with pytest.raises(PreflightError, match="no GPU that nvidia-smi shows") as caught:
         chat_placement(run, "2gpu-mixed", None)
-    assert caught.value.to_type == "answer on what is here: leave --device-map out"
+    assert f"talk to it on what is here: launch chat {run.path}\n" in caught.value.to_type
+    assert "cannot be rehearsed" in caught.value.to_type
     told = capsys.readouterr().err
     assert "layers 15–27, norm, head" in told
     assert "GiB for 4,096 tokens of question and answer" in told
+
+
+def test_what_cannot_be_asked_of_a_talk_is_said_before_a_model_is_loaded(trained: Plan, tmp_path: Path) -> None:
+    run, cpus = run_of(trained, tmp_path / "run"), tmp_path / "cpus.yaml"
+    cpus.write_text("devices: [2xcpu]\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="a model is spread over cards"):
+        chat_placement(run, str(cpus), None)
+    with pytest.raises(
+        UsageError, match="there is room for 4,096 tokens of question and answer, on these cards for 32,768"
+    ):
+        chat_placement(run, "2gpu-mixed", None, 5000)
 
 
 def test_the_cards_that_a_run_was_trained_on_need_not_be_here(
@@ -130,14 +158,14 @@ def test_the_same_cards_in_another_order(trained: Plan, tmp_path: Path, monkeypa
 
 
 def test_a_context_without_a_device_map(trained: Plan, tmp_path: Path) -> None:
-    run = run_of(trained.model_copy(update={"device_map": None}), tmp_path / "run")
+    run = run_of(trained.model_copy(update={"device_map": None, "stages": ()}), tmp_path / "run")
     assert chat_placement(run, None, None) is None
     with pytest.raises(UsageError, match="--context 512: is room that a device map is planned with"):
         chat_placement(run, None, 512)
 
 
 def test_training_through_a_layer_in_host_memory_is_refused_with_the_reason() -> None:
-    recipe = str(load_device_map("2gpu-mixed")[0].parent.parent / "chatglm2_lora_2gpu_mixed.yaml")
+    recipe = str(load_device_map("2gpu-mixed").path.parent.parent / "chatglm2_lora_2gpu_mixed.yaml")
     with pytest.raises(DoesNotFitError, match="keeps in host memory gets no gradient") as caught:
         plan_recipe(asked(recipe, (), Where(device_map="1gpu-host-spill")))
     assert "model.quantization=nf4" in caught.value.to_type

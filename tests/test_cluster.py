@@ -58,6 +58,14 @@ def test_cards_of_a_list_are_found_in_another_order(nvidia_smi):
         assert on_this_machine(not_here) == not_here
 
 
+def test_of_like_cards_the_emptier_is_the_one_with_less_reserved(nvidia_smi):
+    alike = [f"{n}, GPU-{n}, NVIDIA GeForce RTX 3060, 12288, {used}, 8.6" for n, used in enumerate((9000, 3))]
+    nvidia_smi("\n".join(alike) + "\n")
+    for reserved, uuids in ((("", " reserved=9GiB"), ["GPU-1", "GPU-0"]), ((" reserved=9GiB", ""), ["GPU-0", "GPU-1"])):
+        wanted = resolve_cluster(tuple(f"RTX 3060 12GiB{text}" for text in reserved))
+        assert [device.uuid for device in on_this_machine(wanted).devices] == uuids
+
+
 @pytest.fixture
 def no_nvidia_smi(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -49,7 +49,8 @@ def drawn(seed: int, num_layers: int | None = None) -> tuple[Layers, list[Place]
 
 def everything(layers: Layers, places: Sequence[Place], schedule: Schedule, passes: Order = "1f1b") -> Iterator[float]:
     """Seconds of every placement that fits, written down a second time and tried one by one."""
-    for num_stages in range(1, len(places) + 1):
+    stages = range(1, len(places) + 1) if schedule == "naive" else range(2, min(MICRO_BATCHES, len(places)) + 1)
+    for num_stages in stages:
         for order in itertools.permutations(places, num_stages):
             for cuts in itertools.combinations_with_replacement(range(layers.num + 1), num_stages - 1):
                 sizes = [b - a for a, b in itertools.pairwise((0, *cuts, layers.num))]
@@ -86,7 +87,7 @@ def tried(
             + (here.head_s if head_here else 0)
             + borders * here.hand_over_s
         )
-    return sum(times) if schedule == "naive" else max(times)
+    return sum(times) + (0 if schedule == "naive" else (MICRO_BATCHES - 1) * max(times))
 
 
 def check(found: Placement, layers: Layers, places: Sequence[Place], how: tuple[Schedule, Order]) -> None:

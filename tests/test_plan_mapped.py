@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,18 @@ from rich.console import Console
 from launcher.cluster import resolve_cluster
 from launcher.command import worker_environment
 from launcher.errors import RecipeError
-from launcher.modelshape import shape_of
+from launcher.memory import MemoryRequest
+from launcher.modelshape import shape_of, shape_of_config
 from launcher.pipeline import flow
+from launcher.placement import Search
 from launcher.plan import Plan, make_plan, time_of_rows
 from launcher.plan.mapped import not_pipelined
+from launcher.plan.pacing import Pacing, Part, Way
+from launcher.plan.spreading import search_of, spread
 from launcher.preflight.plan import check
 from launcher.recipe import Recipe
 from launcher.recipe.device_maps import DeviceMap
+from launcher.recipe.schema import Adapter
 from launcher.show import show_plan
 from tests.test_plan import SEVEN, SMALL, planned, values
 
@@ -55,7 +62,7 @@ def test_a_step_takes_as_long_as_it_plays_through() -> None:
     plan = pipelined(train={"global_batch": 16, "micro_batch": 1})
     times = [(stage.forward_s, stage.seconds - stage.forward_s) for stage in plan.stages]
     played = flow(times, 16, "1f1b")
-    assert plan.time.total_s == pytest.approx(played.seconds)
+    assert plan.time.total_s == pytest.approx(played.seconds + plan.time.optimizer_s)
     assert [stage.waits for stage in plan.stages] == pytest.approx(played.waits)
     assert time_of_rows(plan, 512).total_s == pytest.approx(plan.time.total_s)
     assert time_of_rows(plan, 100).total_s < 0.5 * plan.time.total_s, "the same stages with shorter rows"
@@ -161,3 +168,89 @@ def test_preflight_lets_both_schedules_start(tmp_path: Any) -> None:
     for schedule in ("pipelined", "naive"):
         plan = pipelined("2xcpu", **settings, strategy={"schedule": schedule})
         assert not [each.what for each in check(plan, tmp_path) if each.what.startswith("strategy")]
+
+
+def played_through(pacing: Pacing, search: Search, num_layers: int) -> Iterator[float]:
+    """Seconds of a step of every placement, orders and cuts tried one by one."""
+    for num in range(search.least_stages, search.most_stages + 1):
+        for devices in itertools.permutations(range(len(search.places)), num):
+            for cuts in itertools.combinations(range(num_layers + 1), num - 1):
+                sizes = [b - a for a, b in itertools.pairwise((0, *cuts, num_layers))]
+                found = search.given(list(zip(devices, sizes, strict=True)))
+                if found is not None:
+                    yield pacing.total([Part(s.device, s.stop - s.start, s.recompute) for s in found.stages])
+
+
+@pytest.mark.parametrize("micro_batches", [3, 4, 8, 16])
+@pytest.mark.parametrize("cards", [("RTX 4090", "RTX 3090", "RTX 3060 12GiB"), tuple(TWO)], ids=["three", "two"])
+def test_a_pipeline_is_placed_where_a_step_is_shortest(cards: tuple[str, ...], micro_batches: int) -> None:
+    """It need not be exact, and has been in every box that was tried."""
+    cluster, model = (
+        resolve_cluster(cards),
+        {**UNTIED, "hidden_size": 4096, "intermediate_size": 11008, "vocab_size": 32000},
+    )
+    shape = shape_of_config(
+        {**model, "num_hidden_layers": 9, "num_attention_heads": 32, "num_key_value_heads": 32}, "m", ""
+    )
+    request = MemoryRequest(
+        shape=shape, full=False, micro_batch=1, trainable_parameters=10**6, adapter=Adapter(), weights_dtype_bytes=2,
+        compute_dtype_bytes=2, sequence_length=512, accumulation=micro_batches, strategy="device_map",
+    )  # fmt: skip
+    way = Way("pipelined", micro_batches, None, 0.1, "1f1b")
+    found = spread(request, cluster, "bf16", way, None)
+    assert found is not None
+    pacing, search = Pacing(request, cluster, "bf16", way), search_of(request, cluster, "bf16", way)
+    assert found.time.total_s <= 1.001 * min(played_through(pacing, search, shape.num_layers))
+
+
+def test_a_step_has_its_optimizer_and_hands_nothing_over_on_one_card() -> None:
+    """A device map with one card takes as long as that card alone."""
+    settings: dict[str, Any] = {
+        "model": {"path": SMALL},
+        "adapter": {"type": "full"},
+        "train": {"global_batch": 4, "micro_batch": 1},
+    }
+    by_map = pipelined("A800-80GB", **settings, strategy={"schedule": "naive"})
+    alone = planned("A800-80GB", **settings, data={"max_length": 512}, strategy={"type": "single"})
+    assert by_map.time.parts()["optimizer"] == pytest.approx(alone.time.parts()["optimizer"], rel=0.05) != 0
+    assert by_map.time.total_s == pytest.approx(alone.time.total_s, rel=0.05)
+    assert by_map.time.communication_s == 0
+
+
+def test_more_devices_than_micro_batches_are_left_out() -> None:
+    """And twenty that are alike are searched as quickly as two; of unlike ones there may be ten."""
+    plan = pipelined("20xA800-80GB", train={"global_batch": 8, "micro_batch": 1}, strategy={"schedule": "auto"})
+    assert (plan.schedule, len(plan.stages)) == ("pipelined", 8)
+    unlike = [f"A800-80GB reserved={gib}GiB" for gib in range(1, 12)]
+    assert "11 kinds of devices are more" in refused(unlike)["devices"]
+
+
+def test_both_schedules_and_each_card_alone_stand_side_by_side() -> None:
+    plan = pipelined(strategy={"schedule": "auto"}, train={"global_batch": 8, "micro_batch": 1})
+    others = {other.schedule or other.device: other for other in plan.alternatives[1:]}
+    assert others.keys() == {"naive", "RTX 3060 Ti reserved=921MiB", "RTX 3060 12GB"}
+    single = pipelined(strategy={"schedule": "auto"}, train={"global_batch": 1})
+    (reason,) = (other.because for other in single.alternatives if other.schedule == "pipelined")
+    assert reason == "a global batch of 1 holds 1 of micro batch 1, a pipeline over 2 devices needs 2"
+    asked = pipelined(strategy={"schedule": "naive"}, train={"global_batch": 8, "micro_batch": 1})
+    assert [other.fits for other in asked.alternatives if other.schedule == "pipelined"] == [True]
+
+
+@pytest.mark.parametrize(
+    ("sections", "key", "found"),
+    [
+        ({"launch": {"backend": "python"}}, "strategy.schedule", "launch.backend=python starts one process"),
+        ({"hardware": TWO, "hosts": 2}, "strategy.type", "over the devices of one machine, there are 2. Leave --hostfile out"),
+    ],
+)  # fmt: skip
+def test_what_no_device_map_does(sections: dict[str, Any], key: str, found: str) -> None:
+    if sections.pop("hosts", 1) == 1:
+        assert found in refused(**sections)[key]
+        return
+    recipe, one = (
+        Recipe.model_validate(values(TWO, **CHATGLM2, strategy={"type": "device_map"})),
+        resolve_cluster(tuple(TWO)),
+    )
+    two = one.model_copy(update={"nodes": one.nodes * 2})
+    with pytest.raises(RecipeError, match=found):
+        make_plan("test", recipe, two, shape_of(recipe.model, Path("/")))

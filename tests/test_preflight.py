@@ -595,7 +595,7 @@ def test_cards_known_by_uuid_may_lie_in_another_order() -> None:
 def test_how_to_rehearse_names_what_was_typed(name: str, device_map: str, typed: str) -> None:
     plan = spread_over("RTX 3060 Ti", "RTX 3060 12GiB")
     file = shipped_folder() / "device_maps" / f"{device_map}.yaml"
-    placed = load_device_map(device_map)[1] if file.is_file() else plan.device_map
+    placed = load_device_map(device_map).device_map if file.is_file() else plan.device_map
     strategy = plan.recipe.strategy.model_copy(update={"device_map": str(file) if file.is_file() else device_map})
     recipe = plan.recipe.model_copy(update={"strategy": strategy})
     changed = plan.model_copy(update={"name": name, "recipe": recipe, "device_map": placed})

@@ -1,7 +1,7 @@
 """In: `hardware:` of a recipe (`8xA800-80GB`, `2xcpu`, a list of cards, `auto`), nvidia-smi, /proc, a hostfile. Out: a `Cluster`.
 
 `model` is what a cluster is, `cards` what a card can do (gpus.yaml), `machine` what is here, `nvidia` its cards, `hardware` what a
-recipe names, `hostfile` the nodes of several machines, `slurm` those of a job.
+recipe names, `of_map` what a device map names, `hostfile` the nodes of several machines, `slurm` those of a job.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from launcher.cluster.machine import (
 )
 from launcher.cluster.model import GIB, MIB, Cluster, Device, Node, named
 from launcher.cluster.nvidia import driver_version, nvidia_on_the_bus
+from launcher.cluster.of_map import cluster_of_map
 from launcher.cluster.slurm import nodes_of_job
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "card",
     "card_names",
     "card_of",
+    "cluster_of_map",
     "driver_version",
     "found_on_this_machine",
     "host_memory_bytes",

@@ -98,14 +98,17 @@ def found_on_this_machine() -> Cluster:
 
 def on_this_machine(cluster: Cluster) -> Cluster:
     """The same cluster, its cards known by their uuid where all of them are here: nvidia-smi may show them in another order."""
-    here = list(found_on_this_machine().devices)
-    devices = []
-    for wanted in cluster.devices:
-        found = next((device for device in here if device.uuid is not None and same_card(device, wanted)), None)
-        if found is None:
+    here, uuids = list(found_on_this_machine().devices), {}
+    # Of cards that are alike the one with most room is for whom most was planned.
+    by_room = sorted(enumerate(cluster.devices), key=lambda numbered: numbered[1].reserved_bytes)
+    for number, wanted in by_room:
+        alike = [device for device in here if device.uuid is not None and same_card(device, wanted)]
+        if not alike:
             return cluster
+        found = min(alike, key=lambda device: device.reserved_bytes)
         here.remove(found)
-        devices.append(wanted.model_copy(update={"uuid": found.uuid}))
+        uuids[number] = found.uuid
+    devices = [device.model_copy(update={"uuid": uuids[number]}) for number, device in enumerate(cluster.devices)]
     return cluster.model_copy(update={"nodes": (cluster.nodes[0].model_copy(update={"devices": tuple(devices)}),)})
 
 

@@ -35,7 +35,9 @@ class Change:
 
     @property
     def typed(self) -> str:
-        """As overrides on a command line."""
+        """As overrides on a command line; the placement stands in the device map's file."""
+        if self == AUTO_PLACEMENT:
+            return "placement: auto in the device map"
         return " ".join(f"{key}={str(value).lower()}" for key, value in self.values)
 
     @property
@@ -45,7 +47,7 @@ class Change:
 
     def made(self, recipe: Recipe) -> Recipe:
         """The recipe with these values."""
-        for key, value in self.values:
+        for key, value in self.values if self != AUTO_PLACEMENT else ():
             section, _, field = key.partition(".")
             recipe = recipe.model_copy(
                 update={section: getattr(recipe, section).model_copy(update={field: value})},
@@ -54,6 +56,7 @@ class Change:
 
 
 Ladder = Sequence[Change]
+AUTO_PLACEMENT = Change((("placement", "auto"),))
 
 
 def ladders(plan: Plan) -> list[Ladder]:
@@ -70,7 +73,7 @@ def _of_training(plan: Plan) -> Iterator[Ladder]:
     recipe = plan.recipe
     if not plan.gradient_checkpointing:
         yield [_one("train.gradient_checkpointing", True)]
-    rows = recipe.train.global_batch // plan.cluster.num_devices
+    rows = plan.micro_batch * plan.accumulation
     smaller = [half for half in _halves(plan.micro_batch, 1) if rows % half == 0]
     yield [_one("train.micro_batch", half) for half in smaller]
     if plan.micro_batch > 1 and recipe.train.micro_batch != "auto":
@@ -95,6 +98,8 @@ def _of_weights(plan: Plan) -> Iterator[Ladder]:
 def _of_strategy(plan: Plan) -> Iterator[Ladder]:
     """Weights, gradients and optimizer state shared out, or in host memory; the whole model over the devices of one host."""
     recipe, cluster = plan.recipe, plan.cluster
+    if plan.device_map is not None and plan.device_map.ranges() is not None:
+        yield [AUTO_PLACEMENT]
     if cluster.num_devices > 1:
         # `auto` has tried those that share state out.
         asked = recipe.strategy.type

@@ -7,27 +7,28 @@ are fetched to the first device each time, so that nothing goes back and forth b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pydantic import BaseModel, ConfigDict
 
 from launcher.cluster import GIB, Cluster, Device
-from launcher.errors import DoesNotFitError, RecipeError
+from launcher.errors import DoesNotFitError, RecipeError, UsageError
 from launcher.families import family
 from launcher.memory import ALLOCATOR_RESERVE, CUDA_CONTEXT_BYTES, MemoryRequest, estimate
-from launcher.placement import Layers, Moment, Place, Placement, cost_of, place
+from launcher.placement import Layers, Moment, Place, Placement, Search
 from launcher.plan.mapped import range_problems
 from launcher.plan.model import DTYPE_BYTES, Plan, StagePlan
+from launcher.plan.pacing import ends_together
 from launcher.plan.searching import FREE_SHARE
-from launcher.plan.spreading import ends_together
+from launcher.plan.spreading import as_parts
 from launcher.recipe.device_maps import DeviceMap
 from launcher.steptime import PCIE_BYTES_S, Speed, head_seconds, layer_seconds, speed_of
 
 CONTEXT_TOKENS = 4096  # room for question and answer together, where nobody asks for another
 # A long question is read in pieces, so that what a layer works with does not grow with it.
 PIECE_TOKENS = 512
-_ROUND, _LITTLE_TOKENS = 256, 1024
+_NOBODY_SAYS_MORE = 2**17  # where a config has no longest row
+_ROUND = 256  # so many tokens more or less are not worth a word
 
 
 class ChatPlan(BaseModel):
@@ -35,7 +36,8 @@ class ChatPlan(BaseModel):
 
     Args:
         stages: in the order of the layers; their seconds are of one token.
-        context: tokens that there is room for, question and answer; longest: the most that these devices have room for so.
+        context: tokens that there is room for, question and answer; longest: the most that there could be on these devices, and that
+            the model was made for.
         cache_bytes: keys and values of `context` tokens, on all devices together.
         in_host: so many of the first layers lie in host memory; host_bytes: their weights.
         piece: tokens of a question that are read at once; None where the model reads it as a whole.
@@ -68,29 +70,48 @@ class _Sizes:
     cached: int
 
 
-def chat_plan(plan: Plan, cluster: Cluster, device_map: DeviceMap | None, context: int = CONTEXT_TOKENS) -> ChatPlan:
+def chat_plan(plan: Plan, cluster: Cluster, device_map: DeviceMap | None, context: int | None = None) -> ChatPlan:
     """The fastest placement with room for so many tokens, with as few layers in host memory as can be, none unless the map allows it.
+
+    Args:
+        context: where nobody asks for so many, 4,096, or the model's own longest row where that is shorter.
 
     Raises:
         RecipeError: the device map has ranges of another model, or of more devices.
+        UsageError: the model was not made for so many tokens.
         DoesNotFitError: it does not fit; quantised layers do not lie in host memory.
     """
     if problems := list(range_problems(device_map, cluster, plan.shape)):
         raise RecipeError(problems)
-    num, may_spill = plan.shape.num_layers, device_map is not None and device_map.spill == "host"
-    quantized = plan.recipe.model.quantization != "none"
-    for in_host in range(num + 1 if may_spill and not quantized else 1):
+    num, most = plan.shape.num_layers, plan.shape.positions
+    if context is None:
+        context = min(CONTEXT_TOKENS, most or CONTEXT_TOKENS)
+    elif most is not None and context > most:
+        found = f"{plan.shape.name} was made for {most:,} tokens at most, as its config says"
+        raise UsageError(f"--context {context}", found, f"--context {most}")
+    for in_host in range(num + 1 if _may_spill(plan, device_map) else 1):
         for spared in (FREE_SHARE, 0.0):  # cards are filled to the last byte only where that spares the host
-            found = _placed(plan, cluster, device_map, context, in_host, spared)
-            if found is not None:
-                return _as_planned(plan, cluster, found, context, in_host)
-    less = _placed(plan, cluster, device_map, min(context, _LITTLE_TOKENS), 0, 0.0)
-    remedies = [f"--context {_LITTLE_TOKENS}"] if less is not None else []
-    if quantized:
-        remedies.append("cards with more memory: quantised layers are not kept in host memory")
-    elif not may_spill:
-        remedies.append("spill: host in the device map")
-    raise _too_much(plan, cluster, context, remedies)
+            found_so = _placed(plan, cluster, device_map, context, in_host, spared)
+            if found_so is not None:
+                longest = _most_tokens(plan, cluster, device_map, most or _NOBODY_SAYS_MORE)
+                return _as_planned(plan, cluster, found_so, context, max(context, longest), in_host)
+    raise _too_much(plan, cluster, device_map, context)
+
+
+def _may_spill(plan: Plan, device_map: DeviceMap | None) -> bool:
+    """Whether layers may lie in host memory, from where quantised ones cannot be fetched."""
+    return device_map is not None and device_map.spill == "host" and plan.recipe.model.quantization == "none"
+
+
+def _most_tokens(plan: Plan, cluster: Cluster, device_map: DeviceMap | None, below: int) -> int:
+    """The largest context, in steps of 256, for which there is room; 0 for none."""
+    in_hosts = (0, plan.shape.num_layers) if _may_spill(plan, device_map) else (0,)
+    low, high = 0, below // _ROUND
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = any(_placed(plan, cluster, device_map, middle * _ROUND, in_host, 0.0) for in_host in in_hosts)
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low * _ROUND
 
 
 def _placed(
@@ -124,34 +145,47 @@ def _placed(
         for device in cluster.devices
     ]
     ranges = device_map.ranges() if device_map is not None else None
+    search = Search(layers, places, "naive", recompute=False)
     if ranges is not None and in_host == 0:
-        return cost_of(layers, places, "naive", 1, False, "1f1b", ranges)
-    return place(layers, places, "naive", 1, recompute=False)
+        return search.given(as_parts(ranges, plan.shape.num_layers, len(places)))
+    return search.best()
 
 
-def _too_much(plan: Plan, cluster: Cluster, context: int, remedies: Sequence[str]) -> DoesNotFitError:
-    """What is needed of what there is."""
+def _too_much(plan: Plan, cluster: Cluster, device_map: DeviceMap | None, context: int) -> DoesNotFitError:
+    """What is needed of what there is, and what would fit: each remedy was planned."""
     sizes, num = _sizes(plan), plan.shape.num_layers
     weights, cache = num * sizes.stored + sizes.embedding + sizes.head, num * sizes.cached * context
     free = sum(device.memory_bytes - device.reserved_bytes for device in cluster.devices)
+    by_hand = device_map is not None and device_map.ranges() is not None
+    by_itself = device_map.model_copy(update={"placement": "auto"}) if device_map is not None else None
+    remedies = []
+    if fewer := _most_tokens(plan, cluster, device_map, context):
+        remedies.append(f"--context {fewer}")
+    if by_hand and _placed(plan, cluster, by_itself, context, 0, 0.0) is not None:
+        remedies.append("placement: auto in the device map")
+    if plan.recipe.model.quantization != "none":
+        remedies.append("cards with more memory: quantised layers are not kept in host memory")
+    elif (device_map is None or device_map.spill == "none") and _with_spill(plan, cluster, context):
+        remedies.append(f"spill: host{' and placement: auto' if by_hand else ''} in the device map")
     return DoesNotFitError(
         f"to talk to {plan.name} on {' + '.join(device.name for device in cluster.devices)}",
         f"{weights / GIB:.1f} GiB of weights and {cache / GIB:.1f} GiB of cache for {context:,} tokens "
         f"on {free / GIB:.1f} GiB free together",
-        ", or ".join(remedies) or "use cards with more memory: not even embedding and head have room",
+        ", or ".join(remedies)
+        or "use cards with more memory: there is no room for embedding, head and the cache of a short talk",
     )
 
 
-def _as_planned(plan: Plan, cluster: Cluster, found: Placement, context: int, in_host: int) -> ChatPlan:
+def _with_spill(plan: Plan, cluster: Cluster, context: int) -> bool:
+    """Whether there is room with all layers in host memory."""
+    return _placed(plan, cluster, None, context, plan.shape.num_layers, 0.0) is not None
+
+
+def _as_planned(plan: Plan, cluster: Cluster, found: Placement, context: int, longest: int, in_host: int) -> ChatPlan:
     """What is found, with the layers counted from the first in host memory on."""
-    sizes, request, last = _sizes(plan), _request(plan, _piece(plan, context)), len(found.stages) - 1
-    stages, longest = [], float("inf")
+    sizes, last, stages = _sizes(plan), len(found.stages) - 1, []
     for at, stage in enumerate(found.stages):
-        device, is_first = cluster.devices[stage.device], at == 0
-        spare = _budget_bytes(device) - stage.memory_bytes
-        num = stage.stop - stage.start + (in_host if is_first else 0)
-        growing = num * sizes.cached + _working_bytes(request, context + 1) - _working_bytes(request, context)
-        longest = min(longest, context + spare / max(1, growing))
+        is_first = at == 0
         stages.append(
             StagePlan(
                 device=stage.device,
@@ -170,7 +204,7 @@ def _as_planned(plan: Plan, cluster: Cluster, found: Placement, context: int, in
         cluster=cluster,
         stages=tuple(stages),
         context=context,
-        longest=max(context, int(longest) // _ROUND * _ROUND),
+        longest=longest,
         cache_bytes=plan.shape.num_layers * sizes.cached * context,
         in_host=in_host,
         host_bytes=in_host * sizes.stored,

@@ -19,18 +19,19 @@ from launcher.modelshape import (
     unmatched_saved,
     unmatched_targets,
 )
+from launcher.plan.beside import beside
 from launcher.plan.mapped import (
     enough_micro_batches,
     explanations,
+    map_problems,
     not_pipelined,
-    range_problems,
     schedules,
     why_micro_batches,
 )
 from launcher.plan.model import Batching, Decision, Dtype, Plan, Targets, budget_bytes
 from launcher.plan.packing import attention_for, cheaper
 from launcher.plan.remarks import remarks
-from launcher.plan.searching import FREE_SHARE, Choice, Option, Question, alone, choose, why_shares
+from launcher.plan.searching import FREE_SHARE, Choice, Option, Question, choose, why_shares, why_strategy
 from launcher.recipe import Recipe
 from launcher.recipe.device_maps import DeviceMap
 from launcher.recipe.rules import uncompilable, unshardable
@@ -77,7 +78,7 @@ class Deciding:
         fixes = self._fixes()
         self._template()
         strategies = self._strategies()
-        self.problems += range_problems(self.device_map, self.cluster, self.shape)
+        self.problems += map_problems(recipe, self.device_map, self.cluster, self.shape, strategies)
         self.dtype = self._dtype()
         targets = self._targets()
         batching = self._batching()
@@ -124,10 +125,10 @@ class Deciding:
         )
 
     def _chosen(self, question: Question, options: list[Option], alone_too: bool) -> tuple[Question, Choice]:
-        """The best of the options, and whether its rows are packed; `alone_too` prices each kind of device by itself beside it."""
+        """The best of the options, and whether its rows are packed; `alone_too` shows a device map what it is beside."""
         choice = choose(question, options)
-        if alone_too and self.cluster.num_devices > 1:
-            choice = replace(choice, others=(*choice.others, *alone(question, self._sizes(1))))
+        if alone_too and self.cluster.num_devices > 1 and choice.chosen.fits:
+            choice = beside(question, choice, options, self._sizes(1))
         if self.recipe.data.batching == "auto":
             question, choice, decision = cheaper(question, choice)
             self.decisions.append(decision)
@@ -345,7 +346,7 @@ class Deciding:
         """The reasons of what was chosen; the figures of what was not are the plan's alternatives."""
         recipe, option = self.recipe, choice.chosen.option
         if recipe.strategy.type == "auto":
-            self._decide("strategy.type", option.strategy, _reason(choice, self.cluster.num_devices))
+            self._decide("strategy.type", option.strategy, why_strategy(choice, self.cluster.num_devices))
         if question.weights_dtype(option.strategy) != self.dtype:
             self._decide("weights", "fp32", f"{self.dtype} alone loses small updates of trained weights")
         if option.strategy == "device_map":
@@ -354,6 +355,8 @@ class Deciding:
             budget = budget_bytes(option.strategy, self.cluster) * (1 - FREE_SHARE) / GIB
             limit = _LARGEST_MICRO_BATCH[self.cluster.kind]
             because = f"the fastest that fits {budget:.1f} GiB, at most {limit}, and divides the global batch"
+            if option.schedule == "naive":
+                because = f"the fastest that fits, at most {limit}, and divides the global batch"
             if option.schedule == "pipelined":
                 because = f"the fastest that fits: {why_micro_batches(question, choice.chosen, self._sizes(1))}"
             self._decide("train.micro_batch", str(option.micro_batch), because)
@@ -371,25 +374,6 @@ class Deciding:
             elif choice.chosen.gradient_checkpointing:
                 value, because = "true", "activations do not fit without, or only of batches too small to be fast"
             self._decide("train.gradient_checkpointing", value, because)
-
-
-def _reason(choice: Choice, num_devices: int) -> str:
-    """Why a strategy, in words; the figures stand in the plan's alternatives."""
-    if num_devices == 1:
-        return "there is one device"
-    if all(other.option.strategy == choice.chosen.option.strategy for other in choice.others):
-        return f"a copy of the model on each of {num_devices} devices"
-    if not choice.chosen.fits:
-        return "needs least memory, and that is still too much"
-    fitting = [
-        other for other in choice.others if other.fits and other.option.strategy != choice.chosen.option.strategy
-    ]
-    if not fitting:
-        return "nothing else fits"
-    fastest = min(other.time.total_s for other in fitting)
-    if fastest < choice.chosen.time.total_s:
-        return "the simplest of those that are as fast as any"
-    return "the fastest that fits"
 
 
 def _no_multiple(number: int, unit: int, what: str) -> str:

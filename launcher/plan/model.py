@@ -39,7 +39,7 @@ class Decision(BaseModel):
 class Alternative(BaseModel):
     """A way to train that was priced: seconds of a step with all rows at their longest, bytes of the fullest device.
 
-    `device`: the one that is used alone, where the plan has several.
+    `device`: the one that is used alone, where the plan has several. `because`: why it cannot be, where that is known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,6 +52,7 @@ class Alternative(BaseModel):
     fits: bool
     schedule: Schedule | None = None
     device: str | None = None
+    because: str = ""
 
 
 class StagePlan(BaseModel):

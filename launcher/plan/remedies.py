@@ -8,10 +8,12 @@ from itertools import combinations
 
 from launcher.cluster import GIB, named
 from launcher.errors import DoesNotFitError, RecipeError, counted
-from launcher.plan.changes import COARSER, OTHER, SAME, Change, ladders
+from launcher.plan.changes import AUTO_PLACEMENT, COARSER, OTHER, SAME, Change, ladders
 from launcher.plan.deciding import Deciding
 from launcher.plan.host import fits_host, host_memory
 from launcher.plan.model import Plan, budget_bytes, lacking_bytes
+from launcher.plan.searching import Option, Question
+from launcher.plan.spreading import needs
 from launcher.recipe.rules import broken_rules
 
 _MOST = 6  # as many as are read
@@ -20,18 +22,12 @@ _SAME_TIME = 0.02
 
 def does_not_fit(plan: Plan) -> DoesNotFitError:
     """The error with its remedies, each of which was planned and fits."""
-    devices, free = plan.cluster.devices, budget_bytes(plan.strategy, plan.cluster) / GIB
-    tightest = devices[plan.tightest]
-    room = (tightest.memory_bytes - tightest.reserved_bytes) / GIB
-    where = f"a device with {room:.1f} GiB free ({tightest.name})"
-    if plan.strategy == "device_map":
-        where = f"{counted(len(devices), 'device')} with {free:.1f} GiB free together ({named(devices)})"
-    parts = plan.memory.parts()
-    largest = max(parts, key=lambda part: parts[part])
-    found = (
-        f"{plan.memory.total_bytes / GIB:.1f} GiB needed on {where}; "
-        f"largest part: {largest} {parts[largest] / GIB:.1f} GiB"
-    )
+    ranges = plan.device_map.ranges() if plan.device_map is not None else None
+    if ranges is not None:
+        placed = ", ".join(f"{first}-{last}" for first, last in ranges)
+        you_set, found = f"placement: [{placed}], {plan.name} on {plan.cluster.source}", _overfull(plan, ranges)
+    else:
+        you_set, found = f"{plan.name} on {plan.cluster.source}", _needed(plan)
     if plan.device_map is not None and plan.device_map.spill == "host":
         found += "; a layer that `spill: host` keeps in host memory gets no gradient, so it can chat and is not trained"
     remedies = _remedies(plan)
@@ -42,7 +38,40 @@ def does_not_fit(plan: Plan) -> DoesNotFitError:
         if fits
         else "no one or two changes make it fit: use a smaller model or more memory"
     )
-    return DoesNotFitError(f"{plan.name} on {plan.cluster.source}", found, to_type)
+    return DoesNotFitError(you_set, found, to_type)
+
+
+def _needed(plan: Plan) -> str:
+    """What is needed of what there is, and of what most."""
+    devices, free = plan.cluster.devices, budget_bytes(plan.strategy, plan.cluster) / GIB
+    tightest = devices[plan.tightest]
+    room = (tightest.memory_bytes - tightest.reserved_bytes) / GIB
+    where = f"a device with {room:.1f} GiB free ({tightest.name})"
+    if plan.strategy == "device_map" and len(devices) > 1:
+        where = f"{counted(len(devices), 'device')} with {free:.1f} GiB free together ({named(devices)})"
+    parts = plan.memory.parts()
+    largest = max(parts, key=lambda part: parts[part])
+    return (
+        f"{plan.memory.total_bytes / GIB:.1f} GiB needed on {where}; "
+        f"largest part: {largest} {parts[largest] / GIB:.1f} GiB"
+    )
+
+
+def _overfull(plan: Plan, ranges: Sequence[tuple[int, int]]) -> str:
+    """Which devices of a placement by hand are too full, at the least that it needs."""
+    question = Question(
+        plan.recipe, plan.cluster, plan.shape, plan.dtype, plan.batching, plan.trainable_parameters, plan.device_map
+    )
+    asked = plan.recipe.train.gradient_checkpointing
+    option = Option(plan.strategy, None if asked == "auto" else asked, plan.micro_batch, plan.schedule)
+    found = []
+    each = needs(question.request(option), plan.cluster, plan.dtype, question.way(option), ranges)
+    for (device, needed), (first, last) in zip(each, ranges, strict=True):
+        free = device.memory_bytes - device.reserved_bytes
+        if needed > free:
+            layers = f"layers {first}–{last}" if last > first else f"layer {first}"
+            found.append(f"{device.name} needs {needed / GIB:.1f} GiB for {layers} and has {free / GIB:.1f} GiB free")
+    return "; ".join(found) or "a pipeline of so many stages lacks micro batches"
 
 
 @dataclass(frozen=True)
@@ -96,13 +125,15 @@ def _mildest(plan: Plan, choices: Sequence[Sequence[Change]]) -> Remedy | None:
 
 def _tried(plan: Plan, changes: Sequence[Change]) -> Remedy | None:
     """The plan with these changes, if it may be asked for and fits."""
-    changed = plan.recipe
+    changed, device_map = plan.recipe, plan.device_map
     for change in changes:
         changed = change.made(changed)
+    if AUTO_PLACEMENT in changes and device_map is not None:
+        device_map = device_map.model_copy(update={"placement": "auto"})
     if broken_rules(changed):
         return None
     try:
-        other = Deciding(changed, plan.cluster, plan.shape, plan.device_map).plan(plan.name)
+        other = Deciding(changed, plan.cluster, plan.shape, device_map).plan(plan.name)
     except RecipeError:
         return None
     if lacking_bytes(other) > 0 or not fits_host(other):

@@ -27,7 +27,8 @@ from launcher.plan.model import (
     StagePlan,
     budget_bytes,
 )
-from launcher.plan.spreading import Way, spread, time_of_stages
+from launcher.plan.pacing import Way
+from launcher.plan.spreading import spread, time_of_stages
 from launcher.recipe import Recipe
 from launcher.recipe.device_maps import DeviceMap
 from launcher.shares import most_rows, rows_of_a_step, shares_by_speed
@@ -62,6 +63,7 @@ class Candidate:
 
     Args:
         memory: of the device that has least to spare.
+        because: why it cannot be.
         shares, rank_bytes: of every rank its share of a step's tokens and its memory, where cards are unlike in speed; else empty.
     """
 
@@ -71,6 +73,7 @@ class Candidate:
     fits: bool
     stages: tuple[StagePlan, ...] = ()
     device: str | None = None
+    because: str = ""
     shares: tuple[float, ...] = ()
     rank_bytes: tuple[int, ...] = ()
 
@@ -134,12 +137,16 @@ class Question:
         whole_head = known.changes_logits or strategy == "fsdp" or trains_head(self.shape, self.recipe.adapter)
         return "labels" if whole_head else "parts"
 
-    def price(self, option: Option) -> Candidate:
-        """Memory and time of an option."""
+    def price(self, option: Option, to_the_brim: bool = False) -> Candidate:
+        """Memory and time of an option.
+
+        Args:
+            to_the_brim: of a device map: nothing has to be left free.
+        """
         request = self.request(option)
         num_replicas, accumulation = self.num_replicas(option.strategy), self.accumulation(option)
         if option.schedule is not None:
-            return self._spread(option, request, accumulation)
+            return self._spread(option, request, accumulation, to_the_brim)
         times = {
             device.name: step_time(request, speed_of(device, self.cluster, self.dtype), accumulation, num_replicas)
             for device in self._kinds()
@@ -177,13 +184,14 @@ class Question:
         rank_bytes = tuple(memory[num].total_bytes for num in rows)
         return Candidate(option, memory[rows[tightest]], slowest, fits, shares=shares, rank_bytes=rank_bytes)
 
-    def _spread(self, option: Option, request: MemoryRequest, micro_batches: int) -> Candidate:
+    def _spread(
+        self, option: Option, request: MemoryRequest, micro_batches: int, to_the_brim: bool = False
+    ) -> Candidate:
         """The best placement of a device map. A pipeline has to have work for all of its stages."""
         way = self.way(option)
         found = spread(request, self.cluster, self.dtype, way, self.device_map)
-        if (
-            found is None and self.recipe.train.micro_batch != "auto"
-        ):  # nothing smaller may be chosen: as full as it gets
+        # Where nothing smaller may be chosen: as full as it gets.
+        if found is None and (to_the_brim or self.recipe.train.micro_batch != "auto"):
             found = spread(request, self.cluster, self.dtype, replace(way, spared=0.0), self.device_map)
         if found is None or (option.schedule == "pipelined" and len(found.stages) > micro_batches):
             endless = StepTime(
@@ -250,6 +258,7 @@ class Choice:
                 fits=candidate.fits,
                 schedule=candidate.option.schedule,
                 device=candidate.device,
+                because=candidate.because,
             )
             for candidate in (self.chosen, *self.others)
         )
@@ -283,6 +292,9 @@ def choose(question: Question, options: Sequence[Option]) -> Choice:
     """
     priced = [question.price(option) for option in options]
     fitting = [candidate for candidate in priced if candidate.fits]
+    if not fitting and any(option.schedule for option in options):
+        priced = [question.price(option, to_the_brim=True) for option in options]
+        fitting = [candidate for candidate in priced if candidate.fits]
     if fitting:
         limit = min(candidate.time.total_s for candidate in fitting) * _AS_FAST
         chosen = min((candidate for candidate in fitting if candidate.time.total_s <= limit), key=_plainness)
@@ -295,6 +307,25 @@ def choose(question: Question, options: Sequence[Option]) -> Choice:
     return Choice(chosen, tuple(other for other in others if other.time.total_s < math.inf))
 
 
+def why_strategy(choice: Choice, num_devices: int) -> str:
+    """Why a strategy, in words; the figures stand in the plan's alternatives."""
+    if num_devices == 1:
+        return "there is one device"
+    if all(other.option.strategy == choice.chosen.option.strategy for other in choice.others):
+        return f"a copy of the model on each of {num_devices} devices"
+    if not choice.chosen.fits:
+        return "needs least memory, and that is still too much"
+    fitting = [
+        other for other in choice.others if other.fits and other.option.strategy != choice.chosen.option.strategy
+    ]
+    if not fitting:
+        return "nothing else fits"
+    fastest = min(other.time.total_s for other in fitting)
+    if fastest < choice.chosen.time.total_s:
+        return "the simplest of those that are as fast as any"
+    return "the fastest that fits"
+
+
 def why_shares(question: Question, chosen: Candidate) -> Decision:
     """What each of unlike cards gets of a step, and why."""
     names = [device.name for device in question.cluster.devices]
@@ -304,17 +335,6 @@ def why_shares(question: Question, chosen: Candidate) -> Decision:
     each = " each" if len(names) > len(parts) else ""
     because = f"of a step's tokens{each}, so that no card waits for a slower one; speeds are the plan's estimates"
     return Decision(key="shares", value=value, because=because)
-
-
-def alone(question: Question, sizes: Sequence[int]) -> list[Candidate]:
-    """The best way on each kind of device by itself, beside which a device map has to show itself."""
-    found = []
-    for device in {device.name: device for device in question.cluster.devices}.values():
-        node = question.cluster.nodes[0].model_copy(update={"devices": (device,)})
-        one = replace(question, cluster=question.cluster.model_copy(update={"nodes": (node,)}), device_map=None)
-        options = [Option("single", checkpointing, size) for checkpointing in (False, True) for size in sizes]
-        found.append(replace(choose(one, options).chosen, device=device.name))
-    return found
 
 
 def _kind(candidate: Candidate) -> tuple[object, ...]:

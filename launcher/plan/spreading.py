@@ -14,11 +14,11 @@ from launcher.memory import (
     MemoryRequest,
     estimate,
 )
-from launcher.modelshape import ModelShape
-from launcher.pipeline import Order, flow
-from launcher.placement import Layers, Place, Placement, Schedule, cost_of, place
+from launcher.placement import Layers, Place, Placement, Search
 from launcher.plan.model import Dtype, StagePlan
 from launcher.plan.moments import moments
+from launcher.plan.pacing import Pacing, Part, Way, ends_together
+from launcher.plan.refining import refined
 from launcher.recipe.device_maps import DeviceMap
 from launcher.steptime import StepTime, head_seconds, layer_seconds, speed_of
 
@@ -32,29 +32,6 @@ class Spread:
     time: StepTime
 
 
-def ends_together(shape: ModelShape) -> bool:
-    """Whether embedding and head have to share a device: tied weights, or code that looks its tables up outside of any hook."""
-    return shape.tie_word_embeddings or shape.remote_code
-
-
-@dataclass(frozen=True)
-class Way:
-    """How the stages are run.
-
-    Args:
-        micro_batches: of one optimizer step.
-        recompute: whether layers are computed again in the backward pass; None decides for each device.
-        spared: share of every budget that is left free.
-        order: of the passes in a pipeline.
-    """
-
-    schedule: Schedule
-    micro_batches: int
-    recompute: bool | None
-    spared: float
-    order: Order
-
-
 def spread(
     request: MemoryRequest, cluster: Cluster, dtype: Dtype, way: Way, device_map: DeviceMap | None
 ) -> Spread | None:
@@ -63,20 +40,51 @@ def spread(
     Raises:
         ValueError: the device map's ranges are not those of this model.
     """
-    schedule, micro_batches, recompute = way.schedule, way.micro_batches, way.recompute
-    if schedule == "pipelined" and ends_together(request.shape) and len(cluster.devices) > 1:
+    if way.schedule == "pipelined" and ends_together(request.shape) and len(cluster.devices) > 1:
         return None
-    layers = _layers(request)
-    places = [_place(request, device, cluster, dtype, way) for device in cluster.devices]
+    search = search_of(request, cluster, dtype, way)
     ranges = device_map.ranges() if device_map is not None else None
-    if ranges is not None:
-        found = cost_of(layers, places, schedule, micro_batches, recompute, way.order, ranges)
-    else:
-        found = place(layers, places, schedule, micro_batches, recompute, way.order)
+    given = as_parts(ranges, request.shape.num_layers, len(cluster.devices)) if ranges is not None else None
+    found = search.best() if given is None else search.given(given)
     if found is None:
         return None
-    stages = _planned(found, way, request, cluster, dtype)
-    return Spread(stages, _together(request, stages, cluster, way), _time(stages, way, request, cluster, dtype))
+    pacing = Pacing(request, cluster, dtype, way)
+    if given is None and way.schedule == "pipelined":
+        found = refined(search, found, lambda placement: pacing.total(_parts(placement)))
+    stages = _planned(found, pacing, cluster)
+    return Spread(stages, _together(request, stages, cluster, way), pacing.time(_parts(found)))
+
+
+def _parts(placement: Placement) -> list[Part]:
+    return [Part(stage.device, stage.stop - stage.start, stage.recompute) for stage in placement.stages]
+
+
+def as_parts(ranges: Sequence[tuple[int, int]], num_layers: int, num_devices: int) -> list[tuple[int, int]]:
+    """(device, number of layers) of ranges that somebody has written down.
+
+    Raises:
+        ValueError: they are not those of all layers, or of more devices than there are.
+    """
+    if not ranges or len(ranges) > num_devices or ranges[-1][1] != num_layers - 1:
+        raise ValueError(f"{len(ranges)} ranges up to layer {ranges[-1][1] if ranges else 0} for {num_layers} layers")
+    return [(device, last + 1 - first) for device, (first, last) in enumerate(ranges)]
+
+
+def search_of(request: MemoryRequest, cluster: Cluster, dtype: Dtype, way: Way) -> Search:
+    """What places the layers of a request on these devices."""
+    places = [_place(request, device, cluster, dtype, way) for device in cluster.devices]
+    return Search(_layers(request), places, way.schedule, way.micro_batches, way.recompute, way.order)
+
+
+def needs(
+    request: MemoryRequest, cluster: Cluster, dtype: Dtype, way: Way, ranges: Sequence[tuple[int, int]]
+) -> list[tuple[Device, int]]:
+    """Each device of a placement by hand, and the least bytes that it needs, what the process takes included."""
+    parts = as_parts(ranges, request.shape.num_layers, len(cluster.devices))
+    found = search_of(request, cluster, dtype, way).least_bytes(parts)
+    return [
+        (device, needed + _context_bytes(device, way)) for device, needed in zip(cluster.devices, found, strict=False)
+    ]
 
 
 def _layers(request: MemoryRequest) -> Layers:
@@ -117,27 +125,22 @@ def _context_bytes(device: Device, way: Way) -> int:
     return CPU_CONTEXT_BYTES if way.schedule == "pipelined" else 0
 
 
-def _planned(
-    found: Placement, way: Way, request: MemoryRequest, cluster: Cluster, dtype: Dtype
-) -> tuple[StagePlan, ...]:
+def _planned(found: Placement, pacing: Pacing, cluster: Cluster) -> tuple[StagePlan, ...]:
     """The stages as the plan keeps them."""
-    first, last = found.stages[0], found.stages[-1]
     planned = [
         StagePlan(
             device=device,
             first=stage.start,
             stop=stage.stop,
-            embedding=stage is first,
-            head=stage is (first if ends_together(request.shape) else last),
+            embedding=at == 0,
+            head=pacing.has_head(at, len(found.stages)),
             recompute=stage.recompute,
-            memory_bytes=stage.memory_bytes + _context_bytes(cluster.devices[stage.device], way),
+            memory_bytes=stage.memory_bytes + _context_bytes(cluster.devices[stage.device], pacing.way),
             seconds=stage.seconds,
-            forward_s=0.0,
-            waits=0.0,
         )
-        for stage, device in zip(found.stages, _in_order(found, cluster.devices), strict=True)
+        for at, (stage, device) in enumerate(zip(found.stages, _in_order(found, cluster.devices), strict=True))
     ]
-    return timed(planned, way, request, cluster, dtype)
+    return _timed(planned, pacing)
 
 
 def _in_order(found: Placement, devices: Sequence[Device]) -> list[int]:
@@ -154,46 +157,24 @@ def _sizes(device: Device) -> tuple[int, int]:
     return device.memory_bytes, device.reserved_bytes
 
 
-def timed(
-    stages: Sequence[StagePlan], way: Way, request: MemoryRequest, cluster: Cluster, dtype: Dtype
-) -> tuple[StagePlan, ...]:
-    """The same stages with their times for a request, which may be of other rows than they were placed for."""
-    seconds = [_seconds(place, stages, request, cluster, dtype) for place in range(len(stages))]
-    through = sum(forward + backward for forward, backward in seconds)
-    waits = tuple(1 - sum(each) / through for each in seconds)
-    if way.schedule == "pipelined":
-        waits = flow(seconds, way.micro_batches, way.order).waits
+def _timed(stages: Sequence[StagePlan], pacing: Pacing) -> tuple[StagePlan, ...]:
+    """The same stages with their times."""
+    seconds = pacing.seconds(_as_placed(stages))
     return tuple(
         stage.model_copy(update={"seconds": forward + backward, "forward_s": forward, "waits": waiting})
-        for stage, (forward, backward), waiting in zip(stages, seconds, waits, strict=True)
+        for stage, (forward, backward), waiting in zip(stages, seconds, pacing.waits(seconds), strict=True)
     )
 
 
-def _seconds(
-    at: int, stages: Sequence[StagePlan], request: MemoryRequest, cluster: Cluster, dtype: Dtype
-) -> tuple[float, float]:
-    """Seconds of one stage, forward and backward, for a micro batch; together those that the search has placed it by."""
-    stage, speed = stages[at], speed_of(cluster.devices[stages[at].device], cluster, dtype)
-    layer_forward, layer_backward = layer_seconds(request, speed)
-    passed = request.num_tokens * request.shape.hidden_size * request.stream_bytes
-    is_first, is_last, num = at == 0, at == len(stages) - 1, stage.stop - stage.first
-    hand_overs = (not is_last) + (not is_first)
-    if ends_together(request.shape) and len(stages) > 1:
-        hand_overs += is_first + is_last
-    forward = num * layer_forward + hand_overs * passed / speed.link
-    backward = num * (layer_backward + stage.recompute * layer_forward) + hand_overs * passed / speed.link
-    if is_first:
-        forward += passed / speed.bandwidth
-    if stage.head:
-        forward, backward = (a + b for a, b in zip((forward, backward), head_seconds(request, speed), strict=True))
-    return forward, backward
+def _as_placed(stages: Sequence[StagePlan]) -> list[Part]:
+    return [Part(stage.device, stage.stop - stage.first, stage.recompute) for stage in stages]
 
 
 def time_of_stages(
     stages: Sequence[StagePlan], way: Way, request: MemoryRequest, cluster: Cluster, dtype: Dtype
 ) -> StepTime:
-    """Seconds of a step of stages as they are placed."""
-    return _time(timed(stages, way, request, cluster, dtype), way, request, cluster, dtype)
+    """Seconds of a step of stages as they are placed, for a request that may be of other rows than they were placed for."""
+    return Pacing(request, cluster, dtype, way).time(_as_placed(stages))
 
 
 def _together(request: MemoryRequest, stages: Sequence[StagePlan], cluster: Cluster, way: Way) -> Memory:
@@ -204,33 +185,3 @@ def _together(request: MemoryRequest, stages: Sequence[StagePlan], cluster: Clus
     rest = memory.total_bytes - memory.activations_bytes
     used = sum(stage.memory_bytes for stage in stages)
     return memory.model_copy(update={"activations_bytes": max(0, used - rest)})
-
-
-def _time(stages: Sequence[StagePlan], way: Way, request: MemoryRequest, cluster: Cluster, dtype: Dtype) -> StepTime:
-    """Seconds of a step, all micro batches one after the other through all stages, or as they flow through a pipeline."""
-    forward = backward = recompute = 0.0
-    for stage in stages:
-        speed = speed_of(cluster.devices[stage.device], cluster, dtype)
-        ahead, back = layer_seconds(request, speed)
-        num = stage.stop - stage.first
-        forward += num * ahead
-        backward += num * back
-        recompute += num * ahead if stage.recompute else 0.0
-    through = sum(stage.seconds for stage in stages)
-    total = way.micro_batches * through
-    if way.schedule == "pipelined":
-        times = [(stage.forward_s, stage.seconds - stage.forward_s) for stage in stages]
-        total = flow(times, way.micro_batches, way.order).seconds
-    share = total / max(through, 1e-12)  # computing on the critical path, spread over its parts
-    waiting = through - forward - backward - recompute
-    return StepTime(
-        forward_s=share * forward,
-        backward_s=share * backward,
-        recompute_s=share * recompute,
-        optimizer_s=0.0,
-        communication_s=share * waiting,
-        tokens=request.num_tokens * way.micro_batches,
-        basis="; ".join(
-            dict.fromkeys(speed_of(cluster.devices[stage.device], cluster, dtype).basis for stage in stages)
-        ),
-    )

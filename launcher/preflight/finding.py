@@ -33,7 +33,7 @@ def require(findings: Iterable[Finding], listed: bool = False) -> None:
     if errors:
         if listed:
             raise PreflightError("this machine", f"is not ready: {len(errors)} of the above", "mend what is marked ✗")
-        more = f"\n  and {len(errors) - 1} more: launch check RECIPE lists them all" if len(errors) > 1 else ""
+        more = f"\n  and {len(errors) - 1} more, which `launch check` lists" if len(errors) > 1 else ""
         raise PreflightError(errors[0].what, errors[0].found, errors[0].to_type + more)
 
 

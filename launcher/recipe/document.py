@@ -84,8 +84,11 @@ class Document:
         self.places[key] = where
 
 
-def read_document(path: Path) -> Document:
-    """Read a recipe file.
+def read_document(path: Path, what: str = "recipe", holds: str = "the sections model, data, …") -> Document:
+    """Read a recipe file, or one that is written like it.
+
+    Args:
+        what: it is, and `holds`: which keys, for a message to somebody whose file is something else.
 
     Raises:
         UsageError: it cannot be read as text.
@@ -94,16 +97,14 @@ def read_document(path: Path) -> Document:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(str(path), f"cannot be read: {error}", "give a recipe as a UTF-8 YAML file") from None
+        raise UsageError(str(path), f"cannot be read: {error}", f"give a {what} as a UTF-8 YAML file") from None
     name = str(path)
     document = _compose(text, name)
     document.folder = path.resolve().parent
     value = document.values.pop("", None)
     if not isinstance(value, dict):
         found = "is empty" if value is None else f"holds {'a list' if isinstance(value, list) else repr(value)}"
-        raise RecipeError(
-            [Problem("", f"{found}; a recipe is a mapping with the sections model, data, …", f"{name}:1:1")]
-        )
+        raise RecipeError([Problem("", f"{found}; a {what} is a mapping with {holds}", f"{name}:1:1")])
     document.values = value
     return document
 

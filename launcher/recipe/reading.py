@@ -113,6 +113,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     except ValidationError as error:
         problems += problems_of(error)
         raise located([*problems, *_rules_of_sound_sections(document, problems)], document) from None
+    if recipe.strategy.device_map is not None and recipe.strategy.type == "auto":  # whoever names one wants one
+        recipe = recipe.model_copy(update={"strategy": recipe.strategy.model_copy(update={"type": "device_map"})})
     problems += broken_rules(recipe)
     if problems:
         raise located(problems, document)
@@ -161,6 +163,10 @@ def with_absolute_paths(recipe: Recipe, document: Document) -> Recipe:
     data = data.model_copy(update={"path": each(data.path, "data.path"), "eval": evaluation})
     if launch.run_dir is not None:
         launch = launch.model_copy(update={"run_dir": absolute(launch.run_dir, "launch.run_dir")})
+    if strategy.device_map is not None:  # a bare name is looked up among the shipped ones later
+        file = absolute(strategy.device_map, "strategy.device_map")
+        if strategy.device_map.startswith((".", "~")) or os.path.isfile(file):
+            strategy = strategy.model_copy(update={"device_map": file})
     for name in ("deepspeed", "nvme_path"):
         if (value := getattr(strategy, name)) is not None:
             strategy = strategy.model_copy(update={name: absolute(value, f"strategy.{name}")})

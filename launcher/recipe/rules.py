@@ -132,12 +132,14 @@ def _strategy(recipe: Recipe) -> Iterator[Problem]:
         )
     if strategy.schedule == "pipelined" and strategy.type != "device_map":
         yield Problem(
-            "strategy.schedule", f"{strategy.type} has no schedule. Set strategy.type=device_map, or schedule=naive"
+            "strategy.schedule",
+            f"{strategy.type} has no schedule. Set strategy.type=device_map, or strategy.schedule=naive",
         )
     if strategy.pipeline != "auto" and (strategy.type != "device_map" or strategy.schedule == "naive"):
         yield Problem(
             "strategy.pipeline",
-            f"{strategy.pipeline} is an order of pipelined stages. Set strategy.type=device_map and schedule=pipelined, or remove it",
+            f"{strategy.pipeline} is an order of pipelined stages. "
+            "Set strategy.type=device_map and strategy.schedule=pipelined, or remove it",
         )
     if strategy.type not in ("device_map", "auto") and strategy.device_map is not None:
         yield Problem(

@@ -180,7 +180,9 @@ class Strategy(Section):
         None,
         description="ZeRO: a JSON file of your own with what no recipe key sets; null is made from the recipe alone.",
     )
-    device_map: str | None = Field(None, description="device_map: a name in recipes/device_maps or a file.")
+    device_map: str | None = Field(
+        None, description="A name in recipes/device_maps or a file; alone it means type: device_map."
+    )
     schedule: Literal["auto", "naive", "pipelined"] = Field(
         "auto",
         description="device_map: one device after the other, micro batches in flight on all of them, or the device map's own choice.",

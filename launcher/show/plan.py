@@ -65,7 +65,7 @@ def show_plan(screen: Console, plan: Plan) -> None:
         line(screen, "deepspeed", json.dumps(plan.deepspeed))
     show_stages(screen, plan)
     if plan.stages:
-        line(screen, "waiting", f"{plan.waiting:.0%} of a step on average: no device computes all the time")
+        line(screen, "waiting", _waiting(plan))
     else:
         line(screen, "memory", _memory_bar(plan))
     line(screen, "time", _step_time(plan))
@@ -75,7 +75,7 @@ def show_plan(screen: Console, plan: Plan) -> None:
         try:
             show_chat(screen, chat_plan(plan, plan.cluster, plan.device_map))
         except DoesNotFitError as error:
-            line(screen, "chat", f"{error.found}: {error.to_type}")
+            line(screen, "chat", f"{error.found}; launch chat RUN would need {error.to_type}")
     for place, decision in enumerate(plan.decisions):
         line(screen, "why" if place == 0 else "", f"{decision.key} = {decision.value}: {decision.because}")
     line(screen, "model", f"shape from {as_typed(plan.shape.source)}")
@@ -95,8 +95,9 @@ def show_chat(screen: Console, chat: ChatPlan) -> None:
     line(screen, "chat", where)
     most = f", for {chat.longest:,} at most" if chat.longest > chat.context else ""
     room = f"{gib(chat.cache_bytes)} GiB for {chat.context:,} tokens of question and answer{most}"
+    speed = f"{chat.tokens_per_second:,.0f}" if chat.tokens_per_second >= 10 else f"{chat.tokens_per_second:.2g}"
     fetched = f"; layers 0–{chat.in_host - 1} in host memory ({gib(chat.host_bytes)} GiB), fetched for each token"
-    line(screen, "", f"cache {room}; about {chat.tokens_per_second:.2g} tokens/s{fetched if chat.in_host else ''}")
+    line(screen, "", f"cache {room}; about {speed} tokens/s{fetched if chat.in_host else ''}")
 
 
 def _chat_stage(chat: ChatPlan, stage: StagePlan) -> str:
@@ -108,7 +109,8 @@ def _chat_stage(chat: ChatPlan, stage: StagePlan) -> str:
 
 def _parts(stage: StagePlan) -> list[str]:
     """What of the model lies on a device."""
-    layers = f"layers {stage.first}–{stage.stop - 1}" if stage.stop > stage.first else "no layer"
+    num = stage.stop - stage.first
+    layers = f"layers {stage.first}–{stage.stop - 1}" if num > 1 else f"layer {stage.first}" if num else "no layer"
     return [*(["embedding"] if stage.embedding else []), layers, *(["norm, head"] if stage.head else [])]
 
 
@@ -158,9 +160,14 @@ def _step_time(plan: Plan) -> str:
 
 def _alternative(plan: Plan, other: Alternative) -> str:
     """A way that was not taken, with its figures."""
-    name = f"one {other.device} alone" if other.device else other.schedule or other.strategy
+    alone = (other.device or "").partition(" reserved=")[0]
+    name = f"one {alone} alone" if other.device else other.schedule or other.strategy
     how = f"{name}{', checkpointing' if other.gradient_checkpointing else ''}, micro batch {other.micro_batch}"
+    if other.because:
+        return f"{name:<44} cannot be: {other.because}"
     cost = f"{other.step_s / plan.time.total_s:.2f} × the time" if other.fits else "does not fit"
+    if plan.stages and other.fits:
+        cost = f"{other.step_s:.3g} s a step, {cost}"
     return f"{how:<44} {gib(other.memory_bytes):>5} GiB  {cost}"
 
 
@@ -174,6 +181,16 @@ def _stage(plan: Plan, stage: StagePlan) -> str:
         f"{device.name:<14} {device.memory_bytes / GIB:4.1f} GiB  {bar}  {', '.join(_parts(stage))}{again}  "
         f"{gib(stage.memory_bytes)} GiB, free {gib(free)}  {stage.seconds:.3g} s a micro batch, waits {stage.waits:.0%}"
     )
+
+
+def _waiting(plan: Plan) -> str:
+    """How much of a step a device has nothing to compute, and why."""
+    if len(plan.stages) == 1:
+        return f"nothing: {plan.cluster.devices[plan.stages[0].device].name} holds the whole model"
+    why = "the pipeline fills and empties, and waits for its slowest stage"
+    if plan.schedule == "naive":
+        why = "one device computes after the other"
+    return f"{plan.waiting:.0%} of a step on average: {why}"
 
 
 def _bar(used: int, reserved: int, whole: int) -> str:

@@ -130,7 +130,7 @@ RULES: list[tuple[Sections, str, str, Sections]] = [
     (
         {"strategy": {"type": "ddp", "schedule": "pipelined"}},
         "strategy.schedule",
-        "ddp has no schedule. Set strategy.type=device_map, or schedule=naive",
+        "ddp has no schedule. Set strategy.type=device_map, or strategy.schedule=naive",
         {"strategy": {"type": "device_map", "device_map": "2gpu-mixed", "schedule": "pipelined"}},
     ),
     (

@@ -50,7 +50,7 @@ class Job:
     def plan(self, *overrides: str) -> Plan:
         loaded = load_recipe(self.recipe, overrides)
         named = loaded.recipe.strategy.device_map
-        device_map = load_device_map(named)[1] if named is not None else None
+        device_map = load_device_map(named).device_map if named is not None else None
         cluster = resolve_cluster(loaded.recipe.hardware if device_map is None else device_map.devices)
         shape = shape_of(loaded.recipe.model, self.recipe.parent)
         model, code = planned_code(loaded.recipe.model, self.recipe.parent, self.recipe)

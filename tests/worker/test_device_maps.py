@@ -20,7 +20,7 @@ from launcher.families import family
 from launcher.memory import CUDA_CONTEXT_BYTES
 from launcher.modelshape import shape_of, shape_of_config
 from launcher.plan import ChatPlan, Plan, StagePlan, chat_plan, make_plan, read_plan
-from launcher.plan.spreading import ends_together
+from launcher.plan.pacing import ends_together
 from launcher.recipe import load_recipe
 from launcher.recipe.device_maps import DeviceMap
 from launcher.remotecode import planned_code
