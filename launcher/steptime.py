@@ -36,7 +36,7 @@ _SECONDS_PER_OP: dict[str, float] = {"cuda": 7e-6, "cpu": 14e-6}
 _OPS_PER_LAYER, _OPS_PER_ADAPTER = 36, 7
 # The Trainer's own work in a step, with logging: what small models take beyond the rest (benchmarks/results/step_time_*).
 SECONDS_PER_STEP = {"cuda": 0.0, "cpu": 0.025}
-_UNKNOWN_FLOPS, _UNKNOWN_BANDWIDTH = 30e12, 400e9  # a card that gpus.yaml does not have
+_UNKNOWN_FLOPS, _UNKNOWN_BANDWIDTH = 15e12, 400e9  # reached by a card that gpus.yaml does not have
 
 
 class StepTime(BaseModel):
@@ -99,14 +99,16 @@ def speed_of(device: Device, cluster: Cluster, dtype: str) -> Speed:
     if known is None:
         basis = f"{device.name} is not in gpus.yaml: {_UNKNOWN_FLOPS / 1e12:.0f} TFLOP/s assumed"
         link = PCIE_BYTES_S
-        return Speed(_UNKNOWN_FLOPS * 0.5, _UNKNOWN_BANDWIDTH, link, _SECONDS_PER_OP["cuda"], basis)
-    # fp32 runs as tf32 on the tensor cores only where somebody asks for it; the shaders do a quarter of fp16 or less.
-    peak = {"bf16": known.bf16 or known.fp16, "fp16": known.fp16}.get(dtype, known.fp16 / 8) * 1e12
+        return Speed(_UNKNOWN_FLOPS, _UNKNOWN_BANDWIDTH, link, _SECONDS_PER_OP["cuda"], basis)
+    # fp32 runs as tf32 on the tensor cores only where somebody asks for it.
+    peak = {"bf16": known.bf16 or known.fp16, "fp16": known.fp16}.get(dtype, known.fp32) * 1e12
     fraction = _ASSUMED_FRACTION.get(known.capability, _FRACTION_OTHERWISE)
     link = known.link_gb_s * 1e9 * _LINK_FRACTION[known.link]
     if cluster.num_nodes > 1:
         link = min(link, _NETWORK_BYTES_S)
     basis = f"{fraction:.0%} of {peak / 1e12:.0f} TFLOP/s, assumed for {known.name}"
+    if cluster.num_nodes > 1:
+        basis += f"; {link * 8 / 1e9:.0f} Gbit/s between hosts, assumed"
     bandwidth = known.bandwidth_gb_s * 1e9 * _BANDWIDTH_FRACTION
     return Speed(peak * fraction, bandwidth, link, _SECONDS_PER_OP["cuda"], basis)
 

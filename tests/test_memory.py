@@ -65,6 +65,8 @@ def recipe(config: dict[str, Any], adapter: dict[str, Any], train: dict[str, Any
         (LLAMA_2_7B | FOUR_LAYERS, FULL_TRAINING, 4, 1024, False, "cuda"),
         (QWEN_7B | FOUR_LAYERS, DROPOUT, 4, 2048, False, "cuda"),
         (QWEN_7B | FOUR_LAYERS, {}, 4, 2048, True, "cuda"),
+        (QWEN_7B | FOUR_LAYERS, {"type": "dora"}, 4, 1024, False, "cuda"),
+        (QWEN_7B | FOUR_LAYERS, {"type": "dora", "targets": "all-linear"}, 2, 1024, True, "cuda"),
         ({"model_type": "llama", **SMALL}, DROPOUT, 2, 64, False, "cpu"),
         ({"model_type": "qwen3", **SMALL, "head_dim": 32}, FULL_TRAINING, 8, 128, False, "cpu"),
         ({"model_type": "gemma", **SMALL, "head_dim": 32, "tie_word_embeddings": True}, {}, 2, 64, True, "cpu"),
@@ -101,7 +103,7 @@ def test_cards_without_flash_attention_keep_keys_for_every_head(checkpointing):
     assert not old.cluster.has_flash(old.dtype)
     assert old.memory.total_bytes > new.memory.total_bytes
     seen = observe(old)
-    assert old.memory.total_bytes - old.memory.context_bytes == pytest.approx(seen.total_bytes, rel=0.03)
+    assert old.memory.total_bytes - old.memory.context_bytes == pytest.approx(seen.total_bytes, rel=0.01)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

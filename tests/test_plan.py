@@ -722,3 +722,18 @@ def test_a_tiny_model_is_not_packed_because_python_hides_its_mask() -> None:
     )
     assert plan.batching == "bucketed"
     assert "a mask of its length squared" in str(because(plan, "data.batching"))
+
+
+def test_what_fits_with_less_than_a_tenth_to_spare_is_taken_and_said() -> None:
+    full = planned(
+        "16xA800-80GB",
+        model={"path": "meta-llama/Llama-3.1-70B"},
+        adapter={"type": "full"},
+        data={"max_length": 1024},
+        train={"global_batch": 64},
+    )
+    assert 0.9 < full.memory.total_bytes / budget_bytes(full.strategy, full.cluster) <= 1
+    others = [other.step_s for other in full.alternatives if other.fits]
+    assert full.time.total_s == min(others)
+    because = {decision.key: decision.because for decision in full.decisions}
+    assert because["train.micro_batch"].startswith("fits 80.0 GiB with less than a tenth of it to spare")

@@ -90,6 +90,9 @@ def _in_fp32(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def observe(plan: Plan) -> Memory:
     """Parts of the memory of rank 0 at the fullest moment of two optimizer steps."""
+    if plan.dtype == "fp16":  # accelerate has autocast on a CPU in bf16 alone; the sizes are the same
+        weights = "bf16" if plan.weights_dtype == "fp16" else plan.weights_dtype
+        plan = plan.model_copy(update={"dtype": "bf16", "weights_dtype": weights})
     with _on_fake_tensors(plan) as (model, trainer):
         memory = watch(plan, model, trainer)
     if plan.strategy == "ddp":

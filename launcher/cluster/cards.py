@@ -24,6 +24,7 @@ class Card(Frozen):
     memory_gib: float
     bf16: float | None
     fp16: float
+    fp32: float
     bandwidth_gb_s: float
     capability: str
     link: Literal["nvlink", "pcie"]

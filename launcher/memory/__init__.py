@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from launcher.cluster import GIB
-from launcher.memory.activations import experts_back_bytes, kept_bytes, passing_bytes, untouched_bytes
+from launcher.memory.activations import experts_back_bytes, kept_bytes, norm_bytes, passing_bytes, untouched_bytes
 from launcher.memory.request import Logits, Memory, MemoryRequest, tokens_at_once, unmasked
 from launcher.memory.states import (
     adapter_bytes,
@@ -37,6 +37,7 @@ __all__ = [
     "kept_bytes",
     "logits_bytes",
     "mask_bytes",
+    "norm_bytes",
     "passing_bytes",
     "tokens_at_once",
     "trained_dtype_bytes",
@@ -104,6 +105,8 @@ def _moments(request: MemoryRequest) -> Iterator[_Moment]:
     yield activations, 0, always + written_out + casts + held + 2 * head + layer, before
     yield activations, loss, always + casts + held + (2 * head or layer), before
     yield activations, loss_back, always + (head_cast if again else casts) + held + head, before
+    if norm := norm_bytes(request):
+        yield layers + again, 0, always + written_out + casts + held + layer + norm, before
     # The last layer goes backward; the one before it is gathered, while gradients leave.
     below = layers - layers // shape.num_layers
     always_back = always + written_out + held + (layer_casts if again else casts - head_cast)

@@ -20,7 +20,23 @@ _GELU_IN_PYTHON = 4  # `mlp_tensors` of gelu_new, see modelshape.layouts
 def kept_bytes(request: MemoryRequest) -> int:
     """What one layer keeps until its backward pass."""
     per_token = _norms(request) + _mlp(request) + _inputs(request)
+    # DoRA scales the answers of matrix and adapter, and keeps both.
+    per_token += 2 * request.compute_dtype_bytes * sum(answer for _, answer in _scaled(request))
     return request.num_tokens * per_token + _attention_bytes(request)
+
+
+def norm_bytes(request: MemoryRequest) -> int:
+    """What DoRA holds beside while it takes the norm of the largest matrix: it sends the unit matrix through the adapter, and adds
+    the two; unit matrix, adapter, weights, their sum and its square are fp32 (peft/tuners/lora/dora.py)."""
+    return max((4 * given * given + 4 * 4 * given * answer for given, answer in _scaled(request)), default=0)
+
+
+def _scaled(request: MemoryRequest) -> list[tuple[int, int]]:
+    """Width of input and answer of each matrix of a layer that DoRA scales."""
+    adapter, linears = request.adapter or Adapter(), request.shape.linears
+    if request.full or adapter.type != "dora":
+        return []
+    return [linears[name] for name in adapted_in_a_layer(request.shape, adapter.targets) if name in linears]
 
 
 def passing_bytes(request: MemoryRequest) -> int:

@@ -352,9 +352,13 @@ class Deciding:
         if option.strategy == "device_map":
             self.decisions += explanations(question, choice)
         if recipe.train.micro_batch == "auto":
-            budget = budget_bytes(option.strategy, self.cluster) * (1 - FREE_SHARE) / GIB
+            budget = budget_bytes(option.strategy, self.cluster)
             limit = _LARGEST_MICRO_BATCH[self.cluster.kind]
-            because = f"the fastest that fits {budget:.1f} GiB, at most {limit}, and divides the global batch"
+            because = f"the fastest that fits {budget * (1 - FREE_SHARE) / GIB:.1f} GiB, at most {limit}, and divides the global batch"
+            if choice.chosen.memory.total_bytes > budget * (1 - FREE_SHARE):
+                because = f"fits {budget / GIB:.1f} GiB with less than a tenth of it to spare; with more nothing would"
+            if not choice.chosen.fits:
+                because = "the smallest is still too much"
             if option.schedule == "naive":
                 because = f"the fastest that fits, at most {limit}, and divides the global batch"
             if option.schedule == "pipelined":

@@ -20,6 +20,7 @@ from launcher.memory import (
     kept_bytes,
     logits_bytes,
     mask_bytes,
+    norm_bytes,
     passing_bytes,
     trained_dtype_bytes,
     untouched_bytes,
@@ -52,7 +53,7 @@ def moments(request: MemoryRequest, recompute: bool) -> tuple[Moment, ...]:
     layer, embedding, head = _parts(request)
     shape, again = request.shape, int(recompute)
     stream = request.num_tokens * shape.hidden_size * request.stream_bytes
-    kept, passing = kept_bytes(request), passing_bytes(request)
+    kept, passing = kept_bytes(request), max(passing_bytes(request), norm_bytes(request))
     once = always_bytes(request) + mask_bytes(request) + _positions_bytes(request)
     casts, head_cast, layer_cast = casts_bytes(request)
     casts = (casts - head_cast) // shape.num_layers  # of each layer; a layer that is computed again makes its own again

@@ -141,7 +141,7 @@ class Question:
         """Memory and time of an option.
 
         Args:
-            to_the_brim: of a device map: nothing has to be left free.
+            to_the_brim: nothing has to be left free.
         """
         request = self.request(option)
         num_replicas, accumulation = self.num_replicas(option.strategy), self.accumulation(option)
@@ -151,7 +151,7 @@ class Question:
             device.name: step_time(request, speed_of(device, self.cluster, self.dtype), accumulation, num_replicas)
             for device in self._kinds()
         }
-        spared = FREE_SHARE if self.recipe.train.micro_batch == "auto" else 0.0
+        spared = FREE_SHARE if self.recipe.train.micro_batch == "auto" and not to_the_brim else 0.0
         # One row a micro batch is one row on every card, and rows as they come are as many on each.
         if len(times) > 1 and num_replicas > 1 and option.micro_batch > 1 and self.batching != "padded":
             shares = shares_by_speed([times[device.name].total_s for device in self.cluster.devices])
@@ -292,7 +292,7 @@ def choose(question: Question, options: Sequence[Option]) -> Choice:
     """
     priced = [question.price(option) for option in options]
     fitting = [candidate for candidate in priced if candidate.fits]
-    if not fitting and any(option.schedule for option in options):
+    if not fitting:
         priced = [question.price(option, to_the_brim=True) for option in options]
         fitting = [candidate for candidate in priced if candidate.fits]
     if fitting:

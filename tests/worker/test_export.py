@@ -22,6 +22,7 @@ def verb(name: str, job: Job, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_adalora_is_merged_and_talks(job: Job) -> None:
     settings = ("adapter.type=adalora", "adapter.r=2", "adapter.init_r=6", "train.max_steps=8", "hardware=1xcpu")
     assert job.start(*settings) == [0], job.logs()
@@ -44,7 +45,7 @@ def test_a_quantised_run_is_merged_into_full_precision(job: Job) -> None:
     assert config["dtype"] == "float32"
 
 
-@pytest.mark.parametrize("how", ["single", "fsdp"])
+@pytest.mark.parametrize("how", [pytest.param("single", marks=pytest.mark.slow), "fsdp"])
 def test_full_weights_come_in_shards_of_the_size_that_was_asked(job: Job, how: str) -> None:
     sizes = ("model.config.hidden_size=128", "model.config.vocab_size=2048")  # embedding and head: a MiB each
     settings = (

@@ -271,7 +271,14 @@ def test_rows_whose_answer_is_cut_off_are_left_out(job: Job, tmp_path: Path) -> 
     assert (report["train_rows"], report["rows_dropped"]) == (2, 38)
 
 
-@pytest.mark.parametrize("damage", ["an empty table", "a torn model", "no report"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param("an empty table", marks=pytest.mark.slow),
+        pytest.param("a torn model"),
+        pytest.param("no report", marks=pytest.mark.slow),
+    ],
+)
 def test_a_damaged_folder_of_the_cache_is_made_again(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:

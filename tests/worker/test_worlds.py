@@ -57,7 +57,7 @@ def goes_through(job: Job, folder: Path, worlds: list[str], settings: tuple[str,
     assert evals[0] == pytest.approx(evals[1], abs=within)
 
 
-@WAYS
+@pytest.mark.parametrize("settings", [pytest.param(WAYS.args[1][0], marks=pytest.mark.slow), WAYS.args[1][1]])
 def test_any_of_these_worlds_goes_on_where_another_was(job: Job, tmp_path: Path, settings: tuple[str, ...]) -> None:
     goes_through(job, tmp_path / "whole", ["ddp@2", "single@1", "ddp@4", "fsdp@2", "fsdp@4", "single@1"], settings)
 
