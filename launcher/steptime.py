@@ -3,7 +3,7 @@
 A roofline by kind of layer: a matrix product takes the longer of its arithmetic at a fraction of the card's peak and its
 bytes at a fraction of the card's bandwidth; norms, activations and the loss are bytes alone; and what the GPU does in less time
 than Python needs to ask for it takes that. Collectives go at the speed of the slowest link of the ring. The fractions are one
-number for a class of cards; `Speed.basis` says whether it was measured or assumed.
+number for a class of cards; `Speed.basis` says whether it is by measurements (ours or published ones) or assumed.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from launcher.memory import MemoryRequest, trained_dtype_bytes
 from launcher.modelshape import ModelShape, adapted_in_a_layer
 from launcher.recipe.schema import Adapter
 
-# Share of the peak that matrix products of a training step reach, by compute capability. None was measured on such a card by
-# `benchmarks/step_time.py` yet: they are what public reports of training with PyTorch come to, and marked as assumed.
-_ASSUMED_FRACTION = {"7.0": 0.45, "7.5": 0.45, "8.0": 0.5, "8.6": 0.6, "8.9": 0.55, "9.0": 0.4, "12.0": 0.5}
+# Share of the peak that matrix products of a training step reach, by compute capability: where others have published steps, so that
+# planned ones agree with them (`benchmarks/published_steps.py`), else assumed. `benchmarks/step_time.py` measures a card that is at hand.
+_PUBLISHED_FRACTION = {"8.0": 0.72, "9.0": 0.6}
+_ASSUMED_FRACTION = {"7.0": 0.45, "7.5": 0.45, "8.6": 0.6, "8.9": 0.55, "12.0": 0.5}
 _FRACTION_OTHERWISE = 0.45
 _BANDWIDTH_FRACTION = 0.75  # of the nominal figure, for reading and writing long tensors
 _LINK_FRACTION = {"nvlink": 0.75, "pcie": 0.5}  # PCIe: consumer cards copy through host memory
@@ -102,11 +103,12 @@ def speed_of(device: Device, cluster: Cluster, dtype: str) -> Speed:
         return Speed(_UNKNOWN_FLOPS, _UNKNOWN_BANDWIDTH, link, _SECONDS_PER_OP["cuda"], basis)
     # fp32 runs as tf32 on the tensor cores only where somebody asks for it.
     peak = {"bf16": known.bf16 or known.fp16, "fp16": known.fp16}.get(dtype, known.fp32) * 1e12
-    fraction = _ASSUMED_FRACTION.get(known.capability, _FRACTION_OTHERWISE)
+    published = _PUBLISHED_FRACTION.get(known.capability)
+    fraction = published or _ASSUMED_FRACTION.get(known.capability, _FRACTION_OTHERWISE)
     link = known.link_gb_s * 1e9 * _LINK_FRACTION[known.link]
     if cluster.num_nodes > 1:
         link = min(link, _NETWORK_BYTES_S)
-    basis = f"{fraction:.0%} of {peak / 1e12:.0f} TFLOP/s, assumed for {known.name}"
+    basis = f"{fraction:.0%} of {peak / 1e12:.0f} TFLOP/s, {'by published steps' if published else 'assumed'} for {known.name}"
     if cluster.num_nodes > 1:
         basis += f"; {link * 8 / 1e9:.0f} Gbit/s between hosts, assumed"
     bandwidth = known.bandwidth_gb_s * 1e9 * _BANDWIDTH_FRACTION

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +79,25 @@ def test_parts_sum_up_and_tokens_count_all_ranks() -> None:
     assert time.tokens_per_second == pytest.approx(time.tokens / time.total_s)
 
 
-def test_every_card_has_a_speed_that_is_said_to_be_assumed() -> None:
+def test_every_card_has_a_speed_and_it_is_said_whence() -> None:
     for name in card_names():
         found = speed(name, "fp16")
-        assert 0.3 * card(name).fp16 * 1e12 < found.flops < 0.7 * card(name).fp16 * 1e12
-        assert "assumed" in found.basis
+        assert 0.3 * card(name).fp16 * 1e12 < found.flops < 0.75 * card(name).fp16 * 1e12
+        known = card(name).capability in ("8.0", "9.0")
+        assert ("by published steps" if known else "assumed") in found.basis
+
+
+def test_planned_steps_agree_with_published_ones() -> None:
+    folder = str(Path(__file__).parents[1] / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        import published_steps
+    finally:
+        sys.path.remove(folder)
+    ratios: dict[str, list[float]] = {}
+    for card_name, *step, published in published_steps.PUBLISHED:
+        planned, _ = published_steps.tokens_per_second(card_name, *step)
+        ratios.setdefault(card_name, []).append(planned / published)
+    for each in ratios.values():
+        assert statistics.median(each) == pytest.approx(1, abs=published_steps.GOAL)
+        assert 0.75 < min(each) <= max(each) < 1.3
