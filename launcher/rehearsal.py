@@ -47,6 +47,8 @@ def rehearsal_of(plan: Plan, run: RunDir) -> Plan:
     if dtype == "fp16":
         dtype = "fp32"
         notes.append("fp32 in the place of fp16, which a CPU does not compute in")
+    if plan.schedule == "naive" and len(plan.stages) > 1:
+        notes.append("all layers on one CPU: what one device hands to the next is not rehearsed")
     num_layers = max(2, len(plan.stages) + 1)
     model, shape, rehearsal = _model(plan, num_layers, notes)
     data = _data(plan, shape, rehearsal, run, notes)

@@ -147,6 +147,19 @@ def test_what_cannot_be_pipelined_is_refused_or_where_that_is_open_run_naively(
     assert any(found in decision.because for decision in open_.decisions if decision.key == "strategy.schedule")
 
 
+def test_a_family_whose_layers_nobody_knows_is_pipelined_only_where_that_is_asked_for() -> None:
+    granite = {
+        "model": {"config": {"model_type": "granite", "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 8,
+                             "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 4096, "tie_word_embeddings": False}},
+        "train": {"global_batch": 64},
+    }  # fmt: skip
+    open_ = pipelined(**granite, strategy={"schedule": "auto"})
+    assert open_.schedule == "naive"
+    because = {decision.key: decision.because for decision in open_.decisions}["strategy.schedule"]
+    assert "shows when that is tried: strategy.schedule=pipelined" in because
+    assert pipelined(**granite, strategy={"schedule": "pipelined"}).schedule == "pipelined"
+
+
 def test_cards_are_numbered_in_the_order_of_the_stages() -> None:
     swapped = pipelined(train={"global_batch": 64})
     assert [stage.device for stage in swapped.stages] == [1, 0], "the slower card comes first here"

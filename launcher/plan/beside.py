@@ -8,7 +8,7 @@ from dataclasses import replace
 from launcher.cluster import MIB, Device
 from launcher.memory import estimate
 from launcher.placement import Schedule
-from launcher.plan.mapped import enough_micro_batches, not_pipelined
+from launcher.plan.mapped import enough_micro_batches, not_pipelined, uncertain
 from launcher.plan.searching import Candidate, Choice, Option, Question, choose
 from launcher.steptime import StepTime
 
@@ -31,7 +31,7 @@ def _at_its_best(question: Question, schedule: Schedule, options: Sequence[Optio
     """The best way of a schedule that no option that fits has."""
     reason, of_it = None, sizes
     if schedule == "pipelined":
-        reason = not_pipelined(question.recipe, question.shape, question.cluster)
+        reason = not_pipelined(question.recipe, question.shape, question.cluster) or uncertain(question.shape)
         of_it, problem = enough_micro_batches(question.recipe, question.cluster, question.device_map, sizes)
         if reason is None and problem is not None:
             reason = problem.message.partition(". Set ")[0]

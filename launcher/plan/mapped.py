@@ -9,6 +9,7 @@ from math import prod
 
 from launcher.cluster import Cluster
 from launcher.errors import Problem
+from launcher.families import family
 from launcher.modelshape import ModelShape
 from launcher.pipeline import in_flight
 from launcher.placement import Schedule
@@ -85,10 +86,17 @@ def not_pipelined(recipe: Recipe, shape: ModelShape, cluster: Cluster) -> str | 
     return None
 
 
+def uncertain(shape: ModelShape) -> str | None:
+    """What keeps `auto` from a pipeline: only prepare's trial of a small copy tells whether layers hand on hidden states alone."""
+    if shape.family == "unknown" or family(shape.family).layout == "bloom":
+        return f"whether {shape.name} can be cut into stages shows when that is tried: strategy.schedule=pipelined"
+    return None
+
+
 def schedules(recipe: Recipe, shape: ModelShape, cluster: Cluster, device_map: DeviceMap | None) -> list[Schedule]:
     """The schedules that are open."""
     asked = asked_schedule(recipe, device_map)
-    if asked == "naive" or (asked == "auto" and not_pipelined(recipe, shape, cluster)):
+    if asked == "naive" or (asked == "auto" and (not_pipelined(recipe, shape, cluster) or uncertain(shape))):
         return ["naive"]
     return ["pipelined"] if asked == "pipelined" else ["naive", "pipelined"]
 
@@ -123,7 +131,11 @@ def explanations(question: Question, choice: Choice) -> Iterator[Decision]:
     if asked_schedule(recipe, question.device_map) == "auto":
         other = next((c for c in choice.others if c.option.schedule not in (None, option.schedule)), None)
         if other is None:
-            because = not_pipelined(recipe, question.shape, question.cluster) or "it is what fits"
+            because = (
+                not_pipelined(recipe, question.shape, question.cluster)
+                or uncertain(question.shape)
+                or "it is what fits"
+            )
         elif other.fits:
             because = f"{other.time.total_s / seconds:.2f} × as fast as {other.option.schedule}"
         else:
