@@ -218,16 +218,20 @@ def trainer_of(plan: Plan, model: Any, on_cpu: bool = True) -> Any:
         device = Device(name="cpu", kind="cpu", memory_bytes=_ENDLESS_BYTES, bf16=True, index=0)
         nodes = (Node(host="localhost", devices=(device,)),)
         plan = plan.model_copy(update={"cluster": plan.cluster.model_copy(update={"nodes": nodes})})
-    if plan.logits != "whole":
-        from launcher.worker.headloss import LossAtLabels
-
-        LossAtLabels(
-            model.get_base_model() if hasattr(model, "get_base_model") else model, plan.logits == "parts", kind
-        )
+    loss_at_labels(plan, model, kind)
     arguments = training_arguments(plan, RunDir(Path("oracle")), plan.global_batch)
     if plan.gradient_checkpointing:
         model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
     return Trainer(model=model, args=arguments)
+
+
+def loss_at_labels(plan: Plan, model: Any, kind: str) -> None:
+    """Between the model and its head what the worker puts there."""
+    from launcher.worker.headloss import LossAtLabels
+
+    if plan.logits != "whole":
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        LossAtLabels(base, plan.logits == "parts", kind)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from launcher.memory import Memory
 from launcher.plan import Plan
-from oracle import build, longest_batch, planned, shard, trainer_of, watch
+from oracle import build, longest_batch, loss_at_labels, planned, shard, trainer_of, watch
 from oracle.ledger import Ledger
 
 _DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -102,10 +102,11 @@ def _watch_deepspeed(plan: Plan, model: Any) -> Memory:
     }  # fmt: skip
     if plan.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss_at_labels(plan, model, plan.kind)
     ledger = Ledger()
     ledger.claim("weights", (*model.parameters(), *model.buffers()))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, foreach=False)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     with ledger, ledger.counting("weights"):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         for _ in range(2):
