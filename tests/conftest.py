@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 # Tests run two at a time; torch's threads would get into each other's way. Set before anything imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +20,21 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="Write tests/golden/*.txt anew instead of comparing.")
+
+
+@pytest.fixture(scope="session")
+def benchmark_named() -> Callable[[str], ModuleType]:
+    """A script of benchmarks/, which imports its neighbours as one that is started does."""
+
+    def imported(name: str) -> ModuleType:
+        folder = str(Path(__file__).parents[1] / "benchmarks")
+        sys.path.insert(0, folder)
+        try:
+            return importlib.import_module(name)
+        finally:
+            sys.path.remove(folder)
+
+    return imported
 
 
 @pytest.fixture

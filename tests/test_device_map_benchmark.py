@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -15,14 +14,8 @@ HOST = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers": "cpu", "lm
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    folder = str(Path(__file__).parents[1] / "benchmarks")
-    sys.path.insert(0, folder)
-    try:
-        import device_maps
-    finally:
-        sys.path.remove(folder)
-    return device_maps
+def benchmark(benchmark_named: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark_named("device_maps")
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -87,13 +88,8 @@ def test_every_card_has_a_speed_and_it_is_said_whence() -> None:
         assert ("by published steps" if known else "assumed") in found.basis
 
 
-def test_planned_steps_agree_with_published_ones() -> None:
-    folder = str(Path(__file__).parents[1] / "benchmarks")
-    sys.path.insert(0, folder)
-    try:
-        import published_steps
-    finally:
-        sys.path.remove(folder)
+def test_planned_steps_agree_with_published_ones(benchmark_named: Callable[[str], ModuleType]) -> None:
+    published_steps = benchmark_named("published_steps")
     ratios: dict[str, list[float]] = {}
     for card_name, *step, published in published_steps.PUBLISHED:
         planned, _ = published_steps.tokens_per_second(card_name, *step)

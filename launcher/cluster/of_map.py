@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from launcher.cluster.hardware import resolve_cluster
-from launcher.cluster.model import GIB, Cluster
+from launcher.cluster.model import Cluster
 from launcher.errors import Problem, RecipeError, UsageError
 from launcher.recipe.device_maps import LoadedMap
 
@@ -46,15 +46,10 @@ def _of_devices(items: tuple[str, ...]) -> Iterator[Problem]:
 
 def _of_items(items: tuple[str, ...], key: str) -> Problem | None:
     try:
-        devices = resolve_cluster(items).devices
+        resolve_cluster(items)
     except UsageError as error:
         return Problem(key, f"{error.found}. {error.to_type[0].upper()}{error.to_type[1:]}")
-    full = next((device for device in devices if device.reserved_bytes >= device.memory_bytes > 0), None)
-    if full is None:
-        return None
-    reserved, whole = full.reserved_bytes / GIB, full.memory_bytes / GIB
-    found = f"{reserved:.1f} GiB reserved of {whole:.1f} GiB ({full.name}) leave nothing"
-    return Problem(key, f"{found}. Reserve what others really hold of it (nvidia-smi shows it), or leave the card out")
+    return None
 
 
 def _of_ranges(loaded: LoadedMap) -> Iterator[Problem]:

@@ -141,7 +141,7 @@ class Question:
         """Memory and time of an option.
 
         Args:
-            to_the_brim: nothing has to be left free.
+            to_the_brim: nothing has to be left free, as where the micro batch is set.
         """
         request = self.request(option)
         num_replicas, accumulation = self.num_replicas(option.strategy), self.accumulation(option)
@@ -292,7 +292,7 @@ def choose(question: Question, options: Sequence[Option]) -> Choice:
     """
     priced = [question.price(option) for option in options]
     fitting = [candidate for candidate in priced if candidate.fits]
-    if not fitting:
+    if not fitting and question.recipe.train.micro_batch == "auto":  # else nothing had to be left free to begin with
         priced = [question.price(option, to_the_brim=True) for option in options]
         fitting = [candidate for candidate in priced if candidate.fits]
     if fitting:

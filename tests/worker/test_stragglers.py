@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from launcher.worker.stragglers import OwnTime, Straggler, Stragglers
@@ -45,10 +46,15 @@ def test_stages_of_a_pipeline_are_held_against_their_own_beginning() -> None:
     assert [(one.rank, round(one.behind, 2)) for one in looks(lighter, unlike=True)] == [(0, 0.3)]
 
 
-def test_own_time_leaves_out_what_lies_between_marks(monkeypatch: Any) -> None:
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("launcher.worker.stragglers.time", SimpleNamespace(perf_counter=lambda: clock.now))
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What `now` own times are taken at, in seconds."""
+    made = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("launcher.worker.stragglers.time", SimpleNamespace(perf_counter=lambda: made.now))
+    return made
 
+
+def test_own_time_leaves_out_what_lies_between_marks(clock: SimpleNamespace) -> None:
     class Slow(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             clock.now += 1.0
@@ -70,10 +76,9 @@ def test_own_time_leaves_out_what_lies_between_marks(monkeypatch: Any) -> None:
     assert own.read() == 0.0
 
 
-def test_where_weights_are_gathered_own_time_is_the_forward_pass_less_what_is_waited_in_it(monkeypatch: Any) -> None:
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("launcher.worker.stragglers.time", SimpleNamespace(perf_counter=lambda: clock.now))
-
+def test_where_weights_are_gathered_own_time_is_the_forward_pass_less_what_is_waited_in_it(
+    clock: SimpleNamespace,
+) -> None:
     class Layer(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             clock.now += 1.0
